@@ -24,7 +24,7 @@ from vllm_forge.bench.errors import (
 )
 from vllm_forge.bench.exchange import read_run
 from vllm_forge.bench.measure import read_workload
-from vllm_forge.bench.results import Conditions, read_arm, write_arm
+from vllm_forge.bench.results import Conditions, Setup, read_arm, write_arm
 from vllm_forge.bench.scoring import score
 from vllm_forge.bench.workloads import Item, read_workloads
 
@@ -215,9 +215,9 @@ def test_full_disk_loses_no_earlier_start(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(results, "write_json", full)
-    fields = {name: getattr(arm, name) for name in ("arm", "session", "conditions", "server")}
+    setup = Setup(**{name: getattr(arm, name) for name in Setup.model_fields})
     with pytest.raises(OSError, match="No space left"):
-        write_arm(path, {**fields, "starts": arm.starts}, rows_of(2, items=3))
+        write_arm(path, setup, arm.starts, rows_of(2, items=3))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 

@@ -88,7 +88,7 @@ def test_questions_are_asked_on_a_node_and_scored_here(lab: Lab, runc: str, tmp_
     options = [f"--sha256={file_digest(data)}", "--license=CC0", f"--output={output}"]
     for order in (0, 1):
         answers = folder / f"mtp-c2.answers-{order}.jsonl"
-        assert read_answers(answers)[0].header.image == spec.image
+        assert read_answers(answers)[0].header.arm.server.image == spec.image
         lab.call("bench", "score", str(answers), "--workload=own", f"--data={data}", *options)
     arm = read_arm(output)
     assert arm.result.server.image == spec.image

@@ -64,6 +64,6 @@ def test_counters_of_vllm_on_a_cpu_are_the_predicted_ones(tmp_path: Path) -> Non
     run_plan(out, out, probe=CpuProbe(), retry=True)
     (start,) = read_arm(record_path(out, "exact", 4)).result.starts
     assert start.window is not None and start.window.predicted is not None
-    change = start.window.after.since(start.window.before)
+    change = start.window.change
     assert change["drafts"] == start.window.predicted.drafts
     assert change["per_position"] == start.window.predicted.per_position

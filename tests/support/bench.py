@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_forge.bench.results import Row, write_arm
+from vllm_forge.bench.results import Row, Setup, Start, write_arm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,5 +110,6 @@ def write_result(
         record["starts"].append({"order": order, "window": window})
     edit(record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_arm(path, record, rows)
+    begun = [Start.model_validate(start) for start in record.pop("starts")]
+    write_arm(path, Setup.model_validate(record), begun, rows)
     return path

@@ -13,8 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from vllm_forge.bench.claims import CLAIMS, read_claims
 from vllm_forge.bench.errors import ArmUnknownError, SessionFileError
+from vllm_forge.bench.hardware import listed_gpus
 from vllm_forge.bench.measure import read_workload
-from vllm_forge.bench.results import Arm, Conditions, Server
+from vllm_forge.bench.results import Arm, Conditions, Server, Setup
 from vllm_forge.bench.session import (
     UNKNOWN,
     ArmRow,
@@ -23,14 +24,11 @@ from vllm_forge.bench.session import (
     Plan,
     Session,
     read_session,
-    turns_of,
-    workload_of,
 )
 from vllm_forge.bench.workloads import Loaded, Source, lines, load
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Probe, Reply, parse_json, read_plain
 from vllm_forge.host.files import file_digest
-from vllm_forge.host.probe import GPU_QUERY
 from vllm_forge.images.layout import hex_digest, read_image
 from vllm_forge.images.prewarm import FOLDERS
 from vllm_forge.images.record import built_digest
@@ -49,7 +47,6 @@ from vllm_forge.serve.command import (
     service_of,
 )
 from vllm_forge.serve.deployment import Deployment, find_deployment
-from vllm_forge.serve.doctor import listed_gpus
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 # What listens on an address, as engines list it; localhost may be either address.
@@ -60,32 +57,27 @@ NONE = hashlib.sha256(b"").hexdigest()  # of a file that a checkpoint does not h
 
 
 def arm_of(
-    project: Project, probe: Probe, args: argparse.Namespace, prompts_sha256: str
-) -> tuple[Deployment, dict[str, Any]]:
-    """The deployment, and a record's fields; ArmUnknownError if the image or GPUs are unknown."""
+    project: Project, probe: Probe, args: argparse.Namespace, prompts_sha256: str,
+    asked: Mapping[str, Any],
+) -> tuple[Deployment, Setup]:  # fmt: skip
+    """What is served and measured; ArmUnknownError if the image or GPUs are unknown.
+
+    ``asked``: see `conditions_of`.
+    """
     cell = project.cell(args.sku, args.line)
     deployment = find_deployment(project.matrix, cell, args.preset, args.artifact)
     subject = _subject(project, cell)
-    gpus, message = listed_gpus(probe.ask("nvidia-smi", GPU_QUERY))
-    if not gpus:
-        remedy = "run this on the host that serves"
-        raise ArmUnknownError(f"no GPU is listed: {message}", where="nvidia-smi", remedy=remedy)
+    gpus = listed_gpus(probe)
     url, layout = vars(args).get("url") or "", project.root / "dist" / cell.name
     seen = answers(probe, url, subject["image"], layout, deployment.arguments)
-    server = Server(
-        **subject,
-        claimed=not seen,
-        artifact=deployment.artifact_name,
-        argv=bare_command(deployment).argv,
-        gpu=gpus[0].name,
-        gpus=deployment.spread.gpus,
-        driver=gpus[0].driver or "unknown",
+    gpu = {"gpu": gpus[0].name, "driver": gpus[0].driver or UNKNOWN}
+    server = _server(deployment, subject, claimed=not seen, **gpu)
+    conditions = conditions_of(
+        asked, Path(args.workload), args.concurrency, prompts_sha256, args.checkpoint
     )
-    workload = Path(args.workload)
-    conditions = conditions_of(args, workload, args.concurrency, prompts_sha256, args.checkpoint)
-    fields = {"arm": _name("--arm", args.arm), "session": _name("--session", args.session),
-              "differs": tuple(args.differs or ())}  # fmt: skip
-    return deployment, {**fields, "conditions": conditions, "server": server}
+    names = {name: _name(f"--{name}", getattr(args, name)) for name in ("arm", "session")}
+    differs = tuple(args.differs or ())
+    return deployment, Setup(**names, conditions=conditions, server=server, differs=differs)
 
 
 def published(project: Project, arms: Sequence[Arm]) -> Iterator[tuple[str, float | None]]:
@@ -117,20 +109,24 @@ def published(project: Project, arms: Sequence[Arm]) -> Iterator[tuple[str, floa
         yield name, statistics.fmean(rates) / float(row.value) if rates else None
 
 
-def conditions_of(
-    asked: argparse.Namespace | Session, workload: Path, concurrency: int, prompts_sha256: str,
-    checkpoint: Path,
-) -> Conditions:  # fmt: skip
+def asked_by(options: argparse.Namespace | Session) -> dict[str, Any]:
     """What the options of a command or a session ask for."""
     names = ("thinking", "max_tokens", "ignore_eos", "prefix_cache")
+    return {"temperature": 0.0, **{name: getattr(options, name) for name in names}}
+
+
+def conditions_of(
+    asked: Mapping[str, Any], workload: Path, concurrency: int, prompts_sha256: str,
+    checkpoint: Path,
+) -> Conditions:  # fmt: skip
+    """With what is ``asked``, by options or by a workload's row."""
     return Conditions(
         workload=_name("workload", workload.stem),
         prompts_sha256=prompts_sha256,
         template_sha256=_hash(checkpoint / TEMPLATE),
         tokenizer_sha256=_hash(checkpoint / TOKENIZER),
-        temperature=0.0,
         concurrency=concurrency,
-        **{name: getattr(asked, name) for name in names},
+        **asked,
     )
 
 
@@ -162,12 +158,14 @@ def carried_plan(
 
     SessionFileError: an arm needs a container engine, or the kit lacks the checkpoint.
     """
-    session = read_session(path)
+    session, what = read_session(path), ""
     presets = [name for name, row in session.arm.items() if row.preset is not None]
-    if presets or session.checkpoint not in checkpoints:
-        what = f"arm {presets[0]} needs a container engine" if presets else ""
-        remedy = "give its command" if presets else f"add --checkpoint {session.checkpoint}=DIR"
-        what = what or f"the kit has no checkpoint {session.checkpoint}"
+    if presets:
+        what, remedy = f"arm {presets[0]} needs a container engine", "give its command"
+    elif session.checkpoint not in checkpoints:
+        what = f"the kit has no checkpoint {session.checkpoint}"
+        remedy = f"add --checkpoint {session.checkpoint}=DIR"
+    if what:
         raise SessionFileError(what, where=path, remedy=remedy)
     arms = {name: _command(row, subject, caches, path) for name, row in session.arm.items()}
     return _plan(session, path, arms, checkpoints[session.checkpoint], caches)
@@ -182,25 +180,22 @@ def _plan(
         what = f"differs does not match the GPUs of the arms: {counts}"
         remedy = 'write differs = ["gpus"] if arms have unequal numbers of GPUs, else remove "gpus"'
         raise SessionFileError(what, where=path, remedy=remedy)
-    loaded, quality = _questions(session, path), None
-    workload = path.with_name(workload_of(session).name)
-    if loaded is None:
-        content, (_, digest) = read_plain(workload), read_workload(workload)
-    else:
+    quality = None
+    if loaded := _questions(session, path):
+        workload, asked = path.with_name(f"{loaded.name}.jsonl"), loaded.asked()
+        asked["ignore_eos"] = session.ignore_eos
         content, digest = lines(loaded, repeats=True), loaded.digest
         prompts = hashlib.sha256(content).hexdigest()
         quality = Kept(license=loaded.license, prompts_sha256=prompts)
-    asked = session
-    if loaded is not None:  # which has its own limit, and asks a server once or often
-        asked = session.model_copy(update={"max_tokens": 1, "prefix_cache": True})
+    else:
+        workload, asked = path.with_name(session.workload or ""), asked_by(session)
+        content, (_, digest) = read_plain(workload), read_workload(workload)
     conditions = tuple(
         conditions_of(asked, workload, level, digest, checkpoint) for level in session.concurrency
     )
-    if loaded is not None:
-        conditions = tuple(loaded.asked({"conditions": one})["conditions"] for one in conditions)
     names = ("session", "warm", "port", "crosscheck", "differs")
     plan = Plan(
-        turns=turns_of(session), arms=arms, conditions=conditions, caches=(caches,),
+        turns=session.turns, arms=arms, conditions=conditions, caches=(caches,),
         workload=workload.name, ready_s=60 * session.ready_minutes, quality=quality,
         **{name: getattr(session, name) for name in names},
     )  # fmt: skip
@@ -234,13 +229,17 @@ def _container(
     service = service_of(deployment, options, digest=subject["image"])
     volumes = [f"{caches}:/cache" if v.endswith(":/cache") else v for v in service.volumes]
     command = container_command(service.model_copy(update={"volumes": volumes}), engine=chosen)
-    server = Server(
-        **subject, artifact=deployment.artifact_name, argv=bare_command(deployment).argv,
-        gpu=UNKNOWN, gpus=deployment.spread.gpus, driver=UNKNOWN,
+    return Launch(
+        argv=command.argv, env=command.env, remove=(chosen, "rm", "--force", name),
+        model=deployment.artifact.repo, server=_server(deployment, subject),
     )  # fmt: skip
-    repo = deployment.artifact.repo
-    remove = (chosen, "rm", "--force", name)
-    return Launch(argv=command.argv, env=command.env, remove=remove, model=repo, server=server)
+
+
+def _server(deployment: Deployment, subject: Mapping[str, str], **facts: Any) -> Server:
+    """``facts``: of the GPU, where it is known."""
+    known = {"gpu": UNKNOWN, "driver": UNKNOWN, **subject, **facts}
+    argv, gpus = bare_command(deployment).argv, deployment.spread.gpus
+    return Server(artifact=deployment.artifact_name, argv=argv, gpus=gpus, **known)
 
 
 def _command(

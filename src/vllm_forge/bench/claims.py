@@ -2,16 +2,16 @@
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from vllm_forge.bench.arithmetic import RULES, span
 from vllm_forge.bench.errors import ClaimsFileError
+from vllm_forge.bench.results import Count, Hash
 from vllm_forge.errors import first_problem, suggestion
 from vllm_forge.host import parse_json, read_data, read_plain
 from vllm_forge.matrix import FrozenModel
@@ -22,22 +22,9 @@ LARGEST_RAW = 1 << 20
 REMEDY = "correct it: docs/operate/bench-claims.md has the keys; git has the project's own rows"
 
 
-def _printed(text: str) -> str:
-    if not re.fullmatch(r"-?\d+(\.\d+)?", text):
-        raise ValueError(f"{text!r} is not a number as it is printed")
-    return text
-
-
-def _quantity(text: str) -> str:
-    if not re.fullmatch(r"-?\d+(\.\d+)?(/[1-9]\d*)?", text):
-        raise ValueError(f"{text!r} is not a number or a fraction")
-    return text
-
-
-Printed = Annotated[str, AfterValidator(_printed)]  # its last digit is its precision
-Quantity = Annotated[str, AfterValidator(_quantity)]
-Count = Annotated[int, Field(ge=0, strict=True)]
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# As it is printed; its last digit is its precision.
+Printed = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?$")]
+Quantity = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?(/[1-9][0-9]*)?$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -351,20 +338,20 @@ def read_claims(path: Path) -> ClaimsFile:
 
 def read_run(folder: Path, raw: Raw) -> RawRun:
     """Raw results, after a comparison of their hash, else ClaimsFileError."""
-    path, what = folder / raw.file, "invalid raw results"
+    path = folder / raw.file
     try:
-        content = read_plain(path, LARGEST_RAW)
-        run = _parse_run(parse_json(content))
+        return _parse_run(read_plain(path, LARGEST_RAW), raw.sha256)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ClaimsFileError(f"{what}: {error!r}", where=str(path), remedy=REMEDY) from None
-    if hashlib.sha256(content).hexdigest() != raw.sha256:
-        what += ": SHA-256 does not match the list of claims"
-        raise ClaimsFileError(what, where=str(path), remedy=REMEDY)
-    return run
+        raise ClaimsFileError(
+            f"invalid raw results: {error!r}", where=path, remedy=REMEDY
+        ) from None
 
 
-def _parse_run(data: Any) -> RawRun:
+def _parse_run(content: bytes, sha256: str) -> RawRun:
     """Two programs wrote these files: the later one calls its rows and fields otherwise."""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError("SHA-256 does not match the list of claims")
+    data = parse_json(content)
     rows = data.get("results") or data["details"]
     answers = {
         row["id"]: Answer(

@@ -15,9 +15,12 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 import aiohttp
+from pydantic import Field
 
 from vllm_forge.bench.errors import ServerUnreachableError
-from vllm_forge.bench.results import Conditions, Counters, Drafts
+from vllm_forge.bench.results import Conditions, Count, Counters, Drafts, Row, Seconds
+from vllm_forge.matrix import FrozenModel
+from vllm_forge.matrix.model import Text
 
 LARGEST_LINE = 16 << 20  # the first chunk may have the prompt's tokens
 LARGEST_ANSWER = 64 << 20
@@ -55,34 +58,25 @@ class Prompt:
     repeat: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What came of a request; ``chunks``: tokens of each chunk that has some."""
+class Answer(FrozenModel):
+    """What came of a request; unless that failed, a line of a file of answers."""
 
-    item: str
-    repeat: int = 0
+    item: Text
+    repeat: Count
     finish: Literal["stop", "length", "error"]
-    text: str = ""
-    reasoning: str = ""
-    chunks: tuple[int, ...] = ()
-    seconds: float = 0.0
-    ttft: float | None = None
+    tokens: Count
+    seconds: Seconds
+    ttft: Seconds | None
+    text: str
+    reasoning: str
+    chunks: tuple[int, ...] = Field(default=(), exclude=True, description="tokens of each")
 
-    @property
-    def tokens(self) -> int:
-        return sum(self.chunks)
-
-
-def read_counters(url: str, before: int = 0, tokens: int = 0) -> Counters:
-    """The server's metrics, once so many ``tokens`` more are counted; ServerUnreachableError.
-
-    An answer may be sent before the step that made it is counted. Drafts are 0 where none is made.
-    """
-    return asyncio.run(_counted(url, before, tokens))
-
-
-def is_healthy(url: str) -> bool:
-    return asyncio.run(_is_healthy(url))
+    def row(self, **facts: Any) -> Row:
+        """Of a record's first start."""
+        return Row(
+            start=0, item=self.item, repeat=self.repeat, finish=self.finish,
+            output_tokens=self.tokens, seconds=self.seconds, ttft=self.ttft, **facts,
+        )  # fmt: skip
 
 
 def ask_all(
@@ -93,47 +87,43 @@ def ask_all(
     return asyncio.run(_ask_all(url, model, prompts, conditions, keep))
 
 
-async def _is_healthy(url: str) -> bool:
-    timeout = aiohttp.ClientTimeout(total=HEALTH_S)
+def is_healthy(url: str) -> bool:
     try:
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            session.get(f"{url}/health", allow_redirects=False) as reply,
-        ):
-            return reply.status == HTTPStatus.OK
-    except (aiohttp.ClientError, TimeoutError):
+        asyncio.run(_get(f"{url}/health", HEALTH_S))
+    except (aiohttp.ClientError, TimeoutError, ValueError):
         return False
+    return True
 
 
-async def _counted(url: str, before: int, tokens: int) -> Counters:
+def read_counters(url: str, before: int = 0, tokens: int = 0) -> Counters:
+    """The server's metrics, once so many ``tokens`` more are counted; ServerUnreachableError.
+
+    An answer may be sent before the step that made it is counted. Drafts are 0 where none is made.
+    """
     end = time.monotonic() + COUNTED_S
-    counters = await _counters(url)
-    while before <= counters.tokens < before + tokens and time.monotonic() < end:
-        await asyncio.sleep(0.1)
-        counters = await _counters(url)
-    return counters
+    while True:
+        try:
+            counters = _parse_counters(asyncio.run(_get(f"{url}/metrics", METRICS_S)))
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            what = f"cannot read the server's metrics: {str(error) or repr(error)}"
+            raise ServerUnreachableError(what, where=url, remedy=REMEDY) from None
+        if not before <= counters.tokens < before + tokens or time.monotonic() >= end:
+            return counters
+        time.sleep(0.1)
 
 
-async def _counters(url: str) -> Counters:
-    timeout = aiohttp.ClientTimeout(total=METRICS_S)
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            session.get(f"{url}/metrics", allow_redirects=False) as reply,
-        ):
-            _require_ok(reply)
-            return _parse_counters(await _text(reply))
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        what = f"cannot read the server's metrics: {str(error) or repr(error)}"
-        raise ServerUnreachableError(what, where=url, remedy=REMEDY) from None
-
-
-async def _text(reply: aiohttp.ClientResponse) -> str:
-    content = bytearray()
-    async for block in reply.content.iter_any():
-        content += block
-        if len(content) > LARGEST_METRICS:
-            raise ValueError(f"more than {LARGEST_METRICS} bytes")
+async def _get(url: str, seconds: float) -> str:
+    """ValueError: not the expected reply; of aiohttp: ClientError, TimeoutError."""
+    content, timeout = bytearray(), aiohttp.ClientTimeout(total=seconds)
+    async with (
+        aiohttp.ClientSession(timeout=timeout) as session,
+        session.get(url, allow_redirects=False) as reply,
+    ):
+        _require_ok(reply)
+        async for block in reply.content.iter_any():
+            content += block
+            if len(content) > LARGEST_METRICS:
+                raise ValueError(f"more than {LARGEST_METRICS} bytes")
     return content.decode()
 
 
@@ -256,7 +246,7 @@ class _Stream:
         return Answer(
             item=prompt.item, repeat=prompt.repeat,
             finish="length" if self.finish == "length" else "stop",
-            text=text, reasoning=reasoning, chunks=tuple(self.chunks),
+            tokens=self.tokens, text=text, reasoning=reasoning, chunks=tuple(self.chunks),
             seconds=time.perf_counter() - self.begin, ttft=self.ttft,
         )  # fmt: skip
 
@@ -275,7 +265,10 @@ async def _ask(
         return stream.answer(prompt)
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError,
             RecursionError):  # fmt: skip
-        return Answer(item=prompt.item, repeat=prompt.repeat, finish="error")
+        return Answer(
+            item=prompt.item, repeat=prompt.repeat, finish="error",
+            tokens=0, seconds=0.0, ttft=None, text="", reasoning="",
+        )  # fmt: skip
 
 
 def _require_ok(reply: aiohttp.ClientResponse) -> None:

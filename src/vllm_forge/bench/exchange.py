@@ -6,7 +6,7 @@ latency.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from vllm_forge.bench.errors import (
     InvalidResultError,
     ResultFileError,
 )
-from vllm_forge.bench.results import Arm, Row, Window
+from vllm_forge.bench.results import Arm, Window
 from vllm_forge.bench.statistics import LEVEL
 from vllm_forge.host import printable, read_data
 from vllm_forge.host.files import file_digest
@@ -69,10 +69,8 @@ class Check:
 
 def vllm_document(arm: Arm, index: int) -> dict[str, Any]:
     """A start as `vllm bench serve` writes it; what was not measured is left out."""
-    rows, conditions = arm.of_start(index), arm.result.conditions
-    window = _window(arm, index)
-    finished = [row for row in rows if row.finish != "error"]
-    tokens = sum(row.output_tokens for row in rows)
+    rows, seconds = arm.of_start(index), _window(arm, index).seconds
+    finished = sum(row.finish != "error" for row in rows)
     return {
         "backend": "openai",
         "label": arm.result.arm,
@@ -80,25 +78,21 @@ def vllm_document(arm: Arm, index: int) -> dict[str, Any]:
         "image": arm.result.server.image,
         "num_prompts": len(rows),
         "request_rate": "inf",
-        "max_concurrency": conditions.concurrency,
-        "duration": window.seconds,
-        "completed": len(finished),
-        "failed": len(rows) - len(finished),
-        "total_output_tokens": tokens,
-        "request_throughput": len(finished) / window.seconds,
+        "max_concurrency": arm.result.conditions.concurrency,
+        "duration": seconds,
+        "completed": finished,
+        "failed": len(rows) - finished,
+        "total_output_tokens": sum(row.output_tokens for row in rows),
+        "request_throughput": finished / seconds,
         "output_lens": [row.output_tokens for row in rows],
         "ttfts": [row.ttft for row in rows],
-        **_figures(rows, window),
+        **_figures(arm, index),
     }
 
 
 def pytorch_records(arm: Arm) -> list[dict[str, Any]]:
     """A record for each figure, with a value for each start (vllm/benchmarks/lib/utils.py:41)."""
-    runs = [
-        _figures(arm.of_start(index), _window(arm, index))
-        for index in range(len(arm.result.starts))
-    ]
-    result = arm.result
+    result, runs = arm.result, [_figures(arm, index) for index in range(len(arm.result.starts))]
     extra = {"args": list(result.server.argv), "image": result.server.image,
              "conditions": result.conditions.model_dump(mode="json")}  # fmt: skip
     return [
@@ -116,10 +110,7 @@ def pytorch_records(arm: Arm) -> list[dict[str, Any]]:
 def read_run(path: Path) -> Run:
     """One cell of `vllm bench serve` or GuideLLM, by its JSON; ResultFileError."""
     remedy = "give the JSON of `vllm bench serve --save-result`, or of `guidellm run`"
-    run: Run = read_data(
-        path, _parse, ResultFileError, what="result of another tool", remedy=remedy
-    )
-    return run
+    return read_data(path, _parse, ResultFileError, what="result of another tool", remedy=remedy)
 
 
 def crosscheck(arm: Arm, path: Path) -> dict[str, Any]:
@@ -130,10 +121,7 @@ def crosscheck(arm: Arm, path: Path) -> dict[str, Any]:
     """
     run = read_run(path)
     _require_same(arm, run, path)
-    starts = [
-        _flat(_figures(arm.of_start(index), _window(arm, index)))
-        for index in range(len(arm.result.starts))
-    ]
+    starts = [_flat(_figures(arm, index)) for index in range(len(arm.result.starts))]
     checks = [
         _check(name, [start[name] for start in starts], value)
         for name, value in run.figures.items()
@@ -142,7 +130,7 @@ def crosscheck(arm: Arm, path: Path) -> dict[str, Any]:
     return {
         "tool": run.tool,
         "image": arm.result.server.image,
-        "files": {str(one.name): file_digest(one) for one in (arm.path, path)},
+        "files": {one.name: file_digest(one) for one in (arm.path, path)},
         "rows": [check.as_json() for check in checks],
     }
 
@@ -167,16 +155,17 @@ def _window(arm: Arm, index: int) -> Window:
     return window
 
 
-def _figures(rows: list[Row], window: Window) -> dict[str, Any]:
-    tpots = [1000 * row.tpot for row in rows if row.tpot is not None]
+def _figures(arm: Arm, index: int) -> dict[str, Any]:
+    rows, window = arm.of_start(index), _window(arm, index)
+    tokens = sum(row.output_tokens for row in rows)
     figures: dict[str, Any] = {
-        RATE: sum(row.output_tokens for row in rows) / window.seconds,
-        LENGTH: sum(row.output_tokens for row in rows) / len(rows),
-        **_distribution("ttft_ms", [1000 * row.ttft for row in rows if row.ttft is not None]),
-        **_distribution("tpot_ms", tpots),
-        **_distribution("e2el_ms", [1000 * row.seconds for row in rows]),
+        RATE: tokens / window.seconds,
+        LENGTH: tokens / len(rows),
+        **_distribution("ttft_ms", [row.ttft for row in rows]),
+        **_distribution("tpot_ms", [row.tpot for row in rows]),
+        **_distribution("e2el_ms", [row.seconds for row in rows]),
     }
-    change = window.after.since(window.before)
+    change = window.change
     if drafts := change["drafts"]:
         figures |= {
             ACCEPTANCE: change["accepted"] / change["draft_tokens"] * 100,
@@ -189,10 +178,11 @@ def _figures(rows: list[Row], window: Window) -> dict[str, Any]:
     return figures
 
 
-def _distribution(name: str, values: list[float]) -> Figures:
-    if not values:
+def _distribution(name: str, seconds: Sequence[float | None]) -> Figures:
+    """In milliseconds, of those that are known."""
+    numbers = 1000 * np.asarray([value for value in seconds if value is not None])
+    if not len(numbers):
         return {}
-    numbers = np.asarray(values)
     return {
         f"mean_{name}": float(numbers.mean()),
         f"median_{name}": float(np.median(numbers)),
@@ -253,18 +243,16 @@ def _guidellm(document: Mapping[str, Any]) -> Run:
 
 
 def _require_same(arm: Arm, run: Run, path: Path) -> None:
-    def faults() -> Iterator[str]:
-        conditions, answers = arm.result.conditions, len(arm.of_start(0))
-        if run.failed:
-            yield f"{run.failed} requests of {run.tool} failed"
-        if run.concurrency != conditions.concurrency:
-            yield f"concurrency {run.concurrency} against {conditions.concurrency}"
-        if run.answers != answers:
-            yield f"{run.answers} answers against {answers}"
-
-    if found := list(faults()):
+    level, answers = arm.result.conditions.concurrency, len(arm.of_start(0))
+    faults = [
+        f"{run.failed} requests of {run.tool} failed" if run.failed else "",
+        f"concurrency {run.concurrency} against {level}" if run.concurrency != level else "",
+        f"{run.answers} answers against {answers}" if run.answers != answers else "",
+    ]
+    if any(faults):
+        what = "; ".join(filter(None, faults))
         remedy = "ask the measured prompts once, at the record's concurrency"
-        raise InvalidResultError("; ".join(found), where=f"{arm.path}, {path}", remedy=remedy)
+        raise InvalidResultError(what, where=f"{arm.path}, {path}", remedy=remedy)
 
 
 def _check(name: str, starts: list[float], other: float) -> Check:

@@ -119,17 +119,16 @@ def _speed(
     outcome: Outcome, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | None
 ) -> Outcome:
     """By pairs of starts; nothing is decided where the reference is not as fast as itself."""
-    theirs = _rates(reference, row.per)
-    found = _decided(
-        outcome, statistics.speed(_rates(candidate, row.per), theirs, row.margin), "pairs of starts"
-    )
-    if repeat is None or not _has_data(row, repeat):
-        return found
-    value, low, high = statistics.speed(_rates(repeat, row.per), theirs, row.margin).difference
-    if abs(value) > row.margin and not low <= 0 <= high:
-        reason = f"{found.reason}; the reference differs from itself by {100 * value:+.2f} %"
-        return replace(found, word=Word.UNDECIDED, reason=reason)
-    return found
+
+    def test(arm: Arm) -> Margin:
+        return statistics.speed(_rates(arm, row.per), _rates(reference, row.per), row.margin)
+
+    outcome = _decided(outcome, test(candidate), "pairs of starts")
+    if repeat is not None and _has_data(row, repeat):
+        value, low, high = test(repeat).difference
+        if abs(value) > row.margin and not low <= 0 <= high:
+            return _doubted(outcome, f"the reference differs from itself by {100 * value:+.2f} %")
+    return outcome
 
 
 def _each_position(outcome: Outcome, ours: list["Sums"], theirs: list["Sums"]) -> Outcome:
@@ -157,33 +156,30 @@ def _answers(
     """Pass also needs the noise floor, and truncated answers at their worst."""
     margin = outcome.margin
     unit = f"items{_lost(score, reference, candidate)}"
-    found = _decided(outcome, _test(score, reference, candidate, margin), unit)
-    if found.word is not Word.PASS:
-        return found
+    outcome = _decided(outcome, _test(score, reference, candidate, margin), unit)
+    if outcome.word is not Word.PASS:
+        return outcome
     if repeat is None:
-        reason = f"{found.reason}; no noise floor: measure the reference again, --repeat"
-        return replace(found, word=Word.UNDECIDED, reason=reason)
+        return _doubted(outcome, "no noise floor: measure the reference again, --repeat")
     floor = _test(score, reference, repeat, margin)
     if floor.passes >= ALPHA:
         value = 100 * floor.difference.value
-        reason = f"{found.reason}; the reference differs from itself by {value:.2f} pp"
-        return replace(found, word=Word.UNDECIDED, reason=reason)
+        return _doubted(outcome, f"the reference differs from itself by {value:.2f} pp")
     worst = _test(score, reference, candidate, margin, worst=True)
     if worst.passes >= ALPHA:
         value = 100 * worst.difference.value
-        reason = f"{found.reason}; {value:.2f} pp if truncated answers are counted at their worst"
-        return replace(found, word=Word.UNDECIDED, reason=reason)
-    return found
+        return _doubted(outcome, f"{value:.2f} pp if truncated answers are counted at their worst")
+    return outcome
+
+
+def _doubted(outcome: Outcome, reason: str) -> Outcome:
+    return replace(outcome, word=Word.UNDECIDED, reason=f"{outcome.reason}; {reason}")
 
 
 def _lost(score: str, reference: Arm, candidate: Arm) -> str:
     """How answers were lost: only their form is wrong (another scorer accepts them), or cut off."""
-    right = {(row.item, row.repeat) for row in reference.rows if row.scores.get(score)}
-    lost = [
-        row
-        for row in candidate.rows
-        if (row.item, row.repeat) in right and not row.scores.get(score)
-    ]
+    right = {row.key for row in reference.rows if row.scores.get(score)}
+    lost = [row for row in candidate.rows if row.key in right and not row.scores.get(score)]
     form = sum(any(row.scores.values()) for row in lost)
     cut = sum(row.finish == "length" for row in lost)
     return f"; lost {len(lost)}: {form} by form, {cut} truncated" if lost else ""
@@ -195,24 +191,23 @@ def _test(
     """Paired by item: each answered once, or the mean of its answers; families are clusters."""
     ours = _means(candidate.rows, score, truncated=0.0 if worst else None)
     theirs = _means(reference.rows, score, truncated=1.0 if worst else None)
-    differences = {item: ours[item] - theirs[item] for item in ours}
     families: defaultdict[str, list[float]] = defaultdict(list)
-    for row in {row.item: row for row in candidate.rows}.values():
-        families[row.family or row.item].append(differences[row.item])
-    once = len(candidate.rows) == len(reference.rows) == len(families)
-    if once:
-        gained = sum(value > 0 for value in differences.values())
-        lost = sum(value < 0 for value in differences.values())
-        return statistics.paired_shares(gained, lost, len(differences), margin)
-    return statistics.clustered([math.fsum(f) / len(f) for f in families.values()], margin)
+    for item, family in {row.item: row.family or row.item for row in candidate.rows}.items():
+        families[family].append(ours[item] - theirs[item])
+    means = [math.fsum(values) / len(values) for values in families.values()]
+    if len(candidate.rows) == len(reference.rows) == len(families):  # each was answered once
+        gained, lost = sum(mean > 0 for mean in means), sum(mean < 0 for mean in means)
+        return statistics.paired_shares(gained, lost, len(means), margin)
+    return statistics.clustered(means, margin)
 
 
 def _means(rows: Sequence[Row], score: str, *, truncated: float | None) -> dict[str, float]:
+    """Share of right answers by item; ``truncated``: what is assumed of those, if anything."""
     answers: defaultdict[str, list[float]] = defaultdict(list)
     for row in rows:
         right = float(row.scores.get(score, False))
-        cut = truncated is not None and row.finish == "length"
-        answers[row.item].append(truncated if cut and truncated is not None else right)
+        assumed = truncated if row.finish == "length" else None
+        answers[row.item].append(right if assumed is None else assumed)
     return {item: math.fsum(values) / len(values) for item, values in answers.items()}
 
 

@@ -1,11 +1,14 @@
 """What ran on the GPUs: kernels that a server's log states; clocks, power, heat, and slowdowns."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
+from vllm_forge.bench.errors import ArmUnknownError
 from vllm_forge.bench.results import GpuState
 from vllm_forge.host import Probe, printable
+from vllm_forge.host.probe import GPU_QUERY, Gpu, parse_gpus
 
 LARGEST_LOG = 16 << 20  # bytes that are read: what a server says when it starts
 # Messages of vLLM 0.22.1 to 0.33.0 (of 0.26.0: model_executor/layers/fused_moe/oracle/*.py,
@@ -36,6 +39,20 @@ def kernels_of(log: Path) -> tuple[str, ...] | None:
     with log.open("rb") as file:
         text = file.read(LARGEST_LOG).decode(errors="replace")
     return tuple(sorted({printable(match["text"]) for match in KERNEL.finditer(text)})) or None
+
+
+def listed_gpus(probe: Probe) -> tuple[Gpu, ...]:
+    """At least one; ArmUnknownError."""
+    reply = probe.ask("nvidia-smi", GPU_QUERY)
+    rows = [line for line in reply.text.splitlines() if "," in line and not reply.code]
+    with contextlib.suppress(ValueError):
+        if gpus := parse_gpus("\n".join(rows)):  # without warnings
+            return gpus
+    what, remedy = (
+        f"no GPU is listed: {printable(reply.text).strip()}",
+        "run this on the GPU's host",
+    )
+    raise ArmUnknownError(what, where="nvidia-smi", remedy=remedy)
 
 
 def gpu_states(probe: Probe) -> tuple[GpuState, ...]:

@@ -4,9 +4,10 @@ import hashlib
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_forge.bench.client import Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import InvalidResultError, WorkloadFileError
@@ -14,43 +15,46 @@ from vllm_forge.bench.hardware import gpu_states
 from vllm_forge.bench.results import (
     LARGEST_ROWS,
     Arm,
-    Counters,
+    Conditions,
     Drafts,
     Row,
+    Setup,
     Start,
     Window,
+    parse_lines,
     read_arm,
     write_arm,
 )
 from vllm_forge.bench.validity import require_valid
-from vllm_forge.errors import first_problem
-from vllm_forge.host import HostProbe, Probe, console, parse_json, printable, read_plain
+from vllm_forge.host import Probe, console, parse_json, printable, read_plain
 from vllm_forge.host.console import PROGRESS_S
 from vllm_forge.matrix import flags
 
+T = TypeVar("T")
 SELF_TEST = 4  # requests for each slot, in the test of the client
+
+
+def read_lines(path: Path, parse: Callable[[bytes], T], *, what: str, remedy: str) -> T:
+    """What ``parse`` makes of a file of JSONL; WorkloadFileError."""
+    try:
+        return parse(read_plain(path, LARGEST_ROWS))
+    except (OSError, ValueError, zlib.error) as error:
+        raise WorkloadFileError(f"invalid {what}: {error}", where=path, remedy=remedy) from None
 
 
 def read_workload(path: Path) -> tuple[list[Prompt], str]:
     """Prompts of JSONL (``item``, and ``prompt`` or ``messages``), and the file's hash."""
-    prompts, where = [], str(path)
-    try:
-        content = read_plain(path)
-        for number, line in enumerate(content.splitlines(), 1):
-            where = f"{path}:{number}"
-            if line.strip():
-                prompts.append(_prompt(parse_json(line)))
-    except FileNotFoundError:
-        problem = "file not found"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        problem = f"{error!r}"
-    else:
-        if prompts and len({(row.item, row.repeat) for row in prompts}) == len(prompts):
-            return prompts, hashlib.sha256(content).hexdigest()
-        problem = "two rows have one item" if prompts else "it is empty"
-    what = f"invalid workload: {problem}"
+
+    def parse(content: bytes) -> tuple[list[Prompt], str]:
+        prompts = parse_lines(content, _prompt)
+        if len({(row.item, row.repeat) for row in prompts}) < len(prompts):
+            raise ValueError("two rows have one item")
+        if not prompts:
+            raise ValueError("it is empty")
+        return prompts, hashlib.sha256(content).hexdigest()
+
     remedy = 'give JSONL with {"item": NAME, "prompt": TEXT} or "messages" in each line'
-    raise WorkloadFileError(what, where=where, remedy=remedy)
+    return read_lines(path, parse, what="workload", remedy=remedy)
 
 
 def _prompt(row: Any) -> Prompt:
@@ -83,101 +87,86 @@ def _predicted(prompts: Sequence[Prompt], argv: Sequence[str]) -> Drafts | None:
 
 def read_answers(path: Path, items: Collection[str]) -> list[Row]:
     """Scored answers of another harness, JSONL of `Row`; WorkloadFileError if items are unknown."""
-    try:
-        lines = read_plain(path, LARGEST_ROWS).splitlines()
-        rows = [Row.model_validate(parse_json(line)) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        problem = first_problem(error) if isinstance(error, ValueError) else f"{error!r}"
-    else:
-        unknown = sorted({row.item for row in rows} - set(items))
-        if rows and not unknown and not any(row.start for row in rows):
-            return rows
-        problem = f"items that the workload lacks: {unknown[:3]}" if unknown else "expected start 0"
-    what = f"invalid answers: {problem}"
+
+    def parse(content: bytes) -> list[Row]:
+        rows = parse_lines(content, Row.model_validate)
+        if unknown := sorted({row.item for row in rows} - set(items)):
+            raise ValueError(f"items that the workload lacks: {unknown[:3]}")
+        if not rows or any(row.start for row in rows):
+            raise ValueError("expected start 0")
+        return rows
+
     remedy = 'give JSONL with "item", "finish", "output_tokens", "seconds", "scores" in each line'
-    raise WorkloadFileError(what, where=str(path), remedy=remedy)
+    return read_lines(path, parse, what="answers", remedy=remedy)
 
 
-def client_rate(arm: dict[str, Any], prompts: Sequence[Prompt]) -> float:
+def client_rate(conditions: Conditions, prompts: Sequence[Prompt]) -> float:
     """Tokens a second of this client against a server that answers at once."""
     argv = [sys.executable, "-m", "vllm_forge.bench.null_server"]  # ends with its standard input
     with subprocess.Popen(
         argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         port = process.stdout.readline().strip() if process.stdout else ""
-        conditions = arm["conditions"]
         some = prompts[: SELF_TEST * conditions.concurrency]
         seconds, answers = ask_all(f"http://127.0.0.1:{port}", "null", some, conditions)
     return sum(answer.tokens for answer in answers) / seconds
 
 
 def measure(
-    url: str, model: str, arm: dict[str, Any], prompts: Sequence[Prompt], *, warm: int,
-    order: int, caches: Sequence[Path], client: Callable[..., float] | None = None,
-    probe: Probe | None = None,
+    url: str, model: str, setup: Setup, prompts: Sequence[Prompt], *, warm: int, order: int,
+    caches: Sequence[Path], probe: Probe,
 ) -> tuple[Start, list[Row]]:  # fmt: skip
     """Warm up with the first ``warm`` prompts, which are not measured, then ask the others.
 
     A prompt that is both warmed up and measured would hit the prefix cache.
     """
-    conditions, probe = arm["conditions"], probe or HostProbe()
+    conditions = setup.conditions
     ask_all(url, model, prompts[:warm], conditions)
     measured, gpus = prompts[warm:], gpu_states(probe)
     files, before = _files(caches), read_counters(url)
     seconds, answers = ask_all(url, model, measured, conditions, progress(len(measured)))
-    gpus_after = gpu_states(probe)
-    after = read_counters(url, before.tokens, sum(answer.tokens for answer in answers))
-    rate = sum(answer.tokens for answer in answers) / seconds
+    gpus_after, tokens = gpu_states(probe), sum(answer.tokens for answer in answers)
+    after = read_counters(url, before.tokens, tokens)
     window = Window(
         seconds=seconds,
         before=before,
         after=after,
         new_files=tuple(printable(name) for name in sorted(_files(caches) - files)),
-        headroom=(client or client_rate)(arm, measured) / rate if rate else 0.0,
-        predicted=_predicted(measured, arm["server"].argv),
+        headroom=client_rate(conditions, measured) * seconds / tokens if tokens else 0.0,
+        predicted=_predicted(measured, setup.server.argv),
         gpus_before=gpus,
         gpus_after=gpus_after,
     )
-    return Start(order=order, window=window), [_row(answer, before, after) for answer in answers]
+    return Start(order=order, window=window), [_row(answer, window) for answer in answers]
 
 
-def add_start(path: Path, arm: dict[str, Any], start: Start, rows: Sequence[Row]) -> None:
+def add_start(path: Path, setup: Setup, start: Start, rows: Sequence[Row]) -> None:
     """Add a start to a record, or make it; InvalidResultError, and nothing written, for faults."""
     starts, kept = [start], list(rows)
     if path.exists():
         old = read_arm(path)
-        require_same(old, arm)
-        starts = [*old.result.starts, start]
+        require_same(old, setup)
         number = len(old.result.starts)
+        starts = [*old.result.starts, start]
         kept = [*old.rows, *(row.model_copy(update={"start": number}) for row in rows)]
-    record = {**arm, "starts": starts}
-    write_arm(path, record, kept, check=require_valid)
+    write_arm(path, setup, starts, kept, check=require_valid)
 
 
-def require_same(old: Arm, arm: dict[str, Any]) -> None:
-    """InvalidResultError unless a record's fields are those of an arm."""
-    for key, value in arm.items():
+def require_same(old: Arm, setup: Setup) -> None:
+    """InvalidResultError unless a record is of the same setup."""
+    for key, value in setup:
         if getattr(old.result, key) != value:
-            raise InvalidResultError(
-                f"the record is of another {key}",
-                where=str(old.path),
-                remedy="measure all starts of a record alike, or give another --output",
-            )
+            what = f"the record is of another {key}"
+            remedy = "measure all starts of a record alike, or give another --output"
+            raise InvalidResultError(what, where=old.path, remedy=remedy)
 
 
-def _row(answer: Answer, before: Counters, after: Counters) -> Row:
-    drafts = after.drafts - before.drafts
-    depth = (after.draft_tokens - before.draft_tokens) // drafts if drafts > 0 else 0
+def _row(answer: Answer, window: Window) -> Row:
+    drafts = window.change["drafts"]
+    depth = window.change["draft_tokens"] // drafts if drafts > 0 else 0
     steps = answer.chunks[1:]  # the first token is the prompt's
     accepted = answer.tokens - len(answer.chunks) if depth else 0
-    return Row(
-        start=0,
-        item=answer.item,
-        repeat=answer.repeat,
-        finish=answer.finish,
-        output_tokens=answer.tokens,
-        seconds=answer.seconds,
-        ttft=answer.ttft,
+    return answer.row(
         # A chunk of several steps has more tokens than its drafts: validity compares the counters.
         drafted=max(depth * len(steps), accepted),
         accepted=accepted,

@@ -12,7 +12,7 @@ from scipy import stats
 
 from vllm_forge.bench.claims import ClaimsFile, Comparison, Derived
 from vllm_forge.bench.results import MOST_STARTS
-from vllm_forge.bench.statistics import ALPHA, LEVEL
+from vllm_forge.bench.statistics import LEVEL
 from vllm_forge.bench.verdicts import Word
 from vllm_forge.matrix import FrozenModel, Matrix
 from vllm_forge.matrix.model import Gate, Name
@@ -20,6 +20,7 @@ from vllm_forge.matrix.model import Gate, Name
 POWER = 0.9
 LEAST_STARTS = 5  # with fewer, no pattern of signs is significant
 NOISES = (0.004, 0.03, 0.1)  # of one start: at c=8 and above; a guess between; at c=1 (vllm#53436)
+REACH = float(stats.norm.ppf(LEVEL) + stats.norm.ppf(POWER))  # of non-inferiority, in deviations
 NOT_RUN = "not run"
 
 
@@ -49,17 +50,13 @@ def read_suites() -> dict[str, Suite]:
     return {name: Suite.model_validate(row) for name, row in tomllib.loads(text).items()}
 
 
-def _quantiles(sides: int = 1) -> float:
-    return float(stats.norm.ppf(1 - ALPHA / sides) + stats.norm.ppf(POWER))
-
-
 def items_needed(discordant: float, margin: float) -> int:
     """Items for non-inferiority of equal arms."""
-    return math.ceil(discordant * (_quantiles() / margin) ** 2)
+    return math.ceil(discordant * (REACH / margin) ** 2)
 
 
 def smallest_margin(discordant: float, items: int) -> float:
-    return _quantiles() * math.sqrt(discordant / items)
+    return REACH * math.sqrt(discordant / items)
 
 
 def items_to_detect(discordant: float, difference: float) -> int | None:

@@ -6,30 +6,22 @@ file is of one arm: one image digest, one set of conditions.
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from vllm_forge.bench.client import Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.measure import add_start, progress, require_same
-from vllm_forge.bench.results import (
-    Conditions,
-    Count,
-    Row,
-    Seconds,
-    Server,
-    Start,
-    make_arm,
-    read_arm,
-)
+from vllm_forge.bench.results import Conditions, Row, Setup, Start, parse_lines, read_arm
 from vllm_forge.bench.sandbox import require_sandbox
-from vllm_forge.bench.scoring import THOUGHT, Score, score
+from vllm_forge.bench.scoring import THOUGHT, score
 from vllm_forge.bench.workloads import Loaded
 from vllm_forge.errors import first_problem
 from vllm_forge.host import canonical, console, exclusive, hash_of, parse_json, read_plain
@@ -40,36 +32,13 @@ Key = tuple[str, int]
 LARGEST_ANSWERS = 4 << 30  # bytes; 2,000 answers of 64,000 tokens have about 1 GB
 
 
-class KeptAnswer(FrozenModel):
-    """A line of the file of answers; a failed request has none."""
-
-    item: Text
-    repeat: Count
-    finish: Literal["stop", "length"]
-    tokens: Count
-    seconds: Seconds
-    ttft: Seconds | None
-    text: str
-    reasoning: str
-
-    @property
-    def sha256(self) -> str:
-        """Of what was answered."""
-        return hashlib.sha256(canonical([self.reasoning, self.text])).hexdigest()
-
-
 class Header(FrozenModel):
     """The first line: what all answers are of."""
 
     format: Literal["bench-answers/1"] = "bench-answers/1"
     model: Text
     license: Text = Field(description="of the workload's data")
-    arm: dict[str, Any]
-
-    @property
-    def image(self) -> str:
-        server = self.arm.get("server")
-        return str(server.get("image")) if isinstance(server, dict) else "unknown"
+    arm: Setup
 
 
 @dataclass
@@ -78,7 +47,7 @@ class Answers:
 
     path: Path
     header: Header
-    kept: dict[Key, KeptAnswer] = field(default_factory=dict)
+    kept: dict[Key, Answer] = field(default_factory=dict)
 
     def read(self) -> None:
         """Answers of an earlier run; a line that it did not finish is removed."""
@@ -107,13 +76,8 @@ class Answers:
 
             def keep(answer: Answer) -> None:
                 if answer.finish != "error":
-                    row = KeptAnswer(
-                        item=answer.item, repeat=answer.repeat, finish=answer.finish,
-                        tokens=answer.tokens, seconds=answer.seconds, ttft=answer.ttft,
-                        text=answer.text, reasoning=answer.reasoning,
-                    )  # fmt: skip
-                    self.kept[row.item, row.repeat] = row
-                    write(row)
+                    self.kept[answer.item, answer.repeat] = answer
+                    write(answer)
 
             if os.fstat(file.fileno()).st_size == 0:
                 write(self.header)
@@ -128,9 +92,9 @@ def read_answers(path: Path, begun: Header | None = None) -> tuple[Answers, int]
     try:
         content = read_plain(path, LARGEST_ANSWERS)
         whole = content[: content.rfind(b"\n") + 1]
-        first, *lines = whole.splitlines() or [b""]
+        first, _, rest = whole.partition(b"\n")
         header = begun if begun and not first else Header.model_validate(parse_json(first))
-        rows = [KeptAnswer.model_validate(parse_json(line)) for line in lines]
+        rows = parse_lines(rest, Answer.model_validate)
         kept = {(row.item, row.repeat): row for row in rows}
         if len(kept) != len(rows):
             raise ValueError(f"duplicate answers: {len(rows) - len(kept)}")  # noqa: TRY301
@@ -149,44 +113,26 @@ def answers_path(record: Path, order: int) -> Path:
 
 
 def measure_quality(
-    url: str, model: str, loaded: Loaded, arm_now: Callable[[], dict[str, Any]], output: Path,
-    *, order: int,
+    url: str, model: str, loaded: Loaded, setup_now: Callable[[], Setup], output: Path, *,
+    order: int,
 ) -> list[Row]:  # fmt: skip
     """Ask what was not answered yet, score all answers, and add the start to the record.
 
-    ``arm_now``: a record's fields as this host has them, also asked for at the end. Raises
-    InvalidResultError; SandboxError, before the first question, where code cannot be isolated.
+    ``setup_now``: as this host has it, also asked for at the end. Raises InvalidResultError;
+    SandboxError, before the first question, where code cannot be isolated.
     """
-    arm, path = arm_now(), answers_path(output, order)
-    _require_new(output, arm, order)
-    if loaded.row.scorer == "code":
-        require_sandbox()
-    answers = Answers(path, header_of(model, loaded.license, arm))
+    setup, path = setup_now(), answers_path(output, order)
+    _require_scorable(loaded, output, setup, order)
+    answers = Answers(path, Header(model=model, license=loaded.license, arm=setup))
     with _alone(path, wait=False):
         answers.read()
-        ask(url, list(loaded.prompts()), arm["conditions"], answers)
-        if (now := arm_now()) != arm:
-            changed = [name for name in arm if arm[name] != now[name]]
-            raise InvalidResultError(
-                f"this host's {changed[0]} changed during the run",
-                where=str(path),
-                remedy="give another --output, and ask all questions of one image",
-            )
-        rows = _rows(loaded, answers)
-        with _alone(output):  # another start of the record may end now, too
-            add_start(output, arm, Start(order=order), rows)
-    return rows
-
-
-def header_of(model: str, license_: str, arm: dict[str, Any]) -> Header:
-    """The first line of the answers of an arm, which is a record's fields."""
-    dumped = {
-        name: value.model_dump(mode="json") if isinstance(value, FrozenModel) else value
-        for name, value in arm.items()
-        if value != ()  # as in a record
-    }
-    # JSON has no tuples.
-    return Header(model=model, license=license_, arm=parse_json(canonical(dumped)))
+        ask(url, list(loaded.prompts()), setup.conditions, answers)
+        now = setup_now()
+        if changed := [name for name, value in setup if getattr(now, name) != value]:
+            what = f"this host's {changed[0]} changed during the run"
+            remedy = "give another --output, and ask all questions of one image"
+            raise InvalidResultError(what, where=path, remedy=remedy)
+        return _add(loaded, answers, output, order)
 
 
 def score_answers(path: Path, loaded: Loaded, output: Path) -> list[Row]:
@@ -196,40 +142,41 @@ def score_answers(path: Path, loaded: Loaded, output: Path) -> list[Row]:
     SandboxError.
     """
     answers, _ = read_answers(path)
-    arm = answers.header.arm
-    try:
-        order = int(path.name.rpartition(".answers-")[2].removesuffix(".jsonl"))
-        conditions = Conditions.model_validate(arm["conditions"])
-        server, differs = Server.model_validate(arm["server"]), tuple(arm.get("differs", ()))
-        arm = {**arm, "conditions": conditions, "server": server, "differs": differs}
-        make_arm(output, {**arm, "starts": [Start(order=order)]}, [])  # its fields are a record's
-        if not path.name.endswith(f".answers-{order}.jsonl"):
-            raise ValueError(f"the order in its name is not {order}")  # noqa: TRY301
-    except (LookupError, TypeError, ValueError) as error:
-        what, remedy = f"invalid file of answers: {error!r}", "give a session's, under its own name"
-        raise ResultFileError(what, where=path, remedy=remedy) from None
-    update = {"workload": loaded.name, "prompts_sha256": loaded.digest}
-    asked = loaded.asked({**arm, "conditions": conditions.model_copy(update=update)})
-    if (now := header_of(answers.header.model, loaded.license, asked)) != answers.header:
+    order, setup = _order(path), answers.header.arm
+    update = {**loaded.asked(), "workload": loaded.name, "prompts_sha256": loaded.digest}
+    asked = setup.model_copy(update={"conditions": setup.conditions.model_copy(update=update)})
+    now = Header(model=answers.header.model, license=loaded.license, arm=asked)
+    if now != answers.header:
         what = f"the answers are of another {_difference(answers.header, now)}"
         remedy = "give the workload and data of the session; for code, also the Python that sent it"
-        raise InvalidResultError(what, where=str(path), remedy=remedy)
+        raise InvalidResultError(what, where=path, remedy=remedy)
     keys = {(prompt.item, prompt.repeat) for prompt in loaded.prompts()}
     if keys != answers.kept.keys():
         what = f"missing answers: {len(keys - answers.kept.keys())} of {len(keys)}"
-        raise InvalidResultError(what, where=str(path), remedy="run the session again")
-    _require_new(output, arm, order)
-    if loaded.row.scorer == "code":
-        require_sandbox()
+        raise InvalidResultError(what, where=path, remedy="run the session again")
+    _require_scorable(loaded, output, setup, order)
+    return _add(loaded, answers, output, order)
+
+
+def _add(loaded: Loaded, answers: Answers, output: Path, order: int) -> list[Row]:
+    """Score answers, and add their start to a record; the rows. InvalidResultError."""
     rows = _rows(loaded, answers)
-    old = read_arm(output).rows if output.exists() else ()
-    known = {(row.item, row.repeat, row.seconds) for row in old}  # no two answers agree in time
-    if any((row.item, row.repeat, row.seconds) in known for row in rows):
-        what, remedy = "the record has these answers", "give each start's under its own name"
-        raise InvalidResultError(what, where=str(path), remedy=remedy)
-    with _alone(output):
-        add_start(output, arm, Start(order=order), rows)
+    with _alone(output):  # another start of the record may end now, too
+        old = read_arm(output).rows if output.exists() else ()
+        known = {(row.key, row.seconds) for row in old}  # no two answers agree in time
+        if any((row.key, row.seconds) in known for row in rows):
+            what, remedy = "the record has these answers", "give each start's under its own name"
+            raise InvalidResultError(what, where=answers.path, remedy=remedy)
+        add_start(output, answers.header.arm, Start(order=order), rows)
     return rows
+
+
+def _order(path: Path) -> int:
+    """The start that the name of a file of answers says; ResultFileError."""
+    if (match := re.search(r"\.answers-(0|[1-9][0-9]*)\.jsonl$", path.name)) is None:
+        what, remedy = "no start is in the name of the file", "give a session's, under its own name"
+        raise ResultFileError(what, where=path, remedy=remedy)
+    return int(match[1])
 
 
 def _alone(path: Path, *, wait: bool = True) -> AbstractContextManager[None]:
@@ -245,27 +192,33 @@ def summary(rows: Sequence[Row]) -> str:
     return "; ".join([*parts, *(f"{count} {fault}" for fault, count in sorted(faults.items()))])
 
 
-def _require_new(output: Path, arm: dict[str, Any], order: int) -> None:
-    if not output.exists():
-        return
-    old = read_arm(output)
-    require_same(old, arm)
-    if order in {start.order for start in old.result.starts}:
-        what, remedy = f"the record has start {order}", "give another --order or --output"
-        raise InvalidResultError(what, where=str(output), remedy=remedy)
+def _require_scorable(loaded: Loaded, output: Path, setup: Setup, order: int) -> None:
+    """InvalidResultError: the record has that start, or another setup; SandboxError."""
+    if output.exists():
+        old = read_arm(output)
+        require_same(old, setup)
+        if order in {start.order for start in old.result.starts}:
+            what, remedy = f"the record has start {order}", "give another --order or --output"
+            raise InvalidResultError(what, where=output, remedy=remedy)
+    if loaded.row.scorer == "code":
+        require_sandbox()
 
 
 def _difference(old: Header, new: Header) -> str:
     """The first part that differs, with both values."""
-    pairs: list[tuple[str, Any, Any]] = [("model", old.model, new.model)]
-    for part, value in new.arm.items():
-        before = old.arm.get(part)
-        if isinstance(value, dict) and isinstance(before, dict):
-            pairs += [(f"{part}.{key}", before.get(key), value[key]) for key in value]
-        else:
-            pairs.append((part, before, value))
-    pairs.append(("license", old.license, new.license))
-    return next(f"{name}: {was!r}, now {now!r}" for name, was, now in pairs if was != now)
+    before, now = (
+        {
+            "model": header.model,
+            **dict(header.arm),
+            **{f"conditions.{key}": value for key, value in header.arm.conditions},
+            **{f"server.{key}": value for key, value in header.arm.server},
+            "license": header.license,
+        }
+        for header in (old, new)
+    )
+    parts = [name for name in now if name not in {"conditions", "server"}]
+    name = next(name for name in parts if before[name] != now[name])
+    return f"{name}: {before[name]!r}, now {now[name]!r}"
 
 
 def ask(url: str, prompts: Sequence[Prompt], conditions: Conditions, answers: Answers) -> None:
@@ -307,22 +260,10 @@ def _rows(loaded: Loaded, answers: Answers) -> list[Row]:
     for prompt in loaded.prompts():
         row, item = kept[prompt.item, prompt.repeat], items[prompt.item]
         found = score(loaded.row, item, row.finish, row.text)
-        rows.append(_row(row, item.family, found))
+        scores = {"strict": found.strict, "flexible": found.flexible}
+        digest = hashlib.sha256(canonical([row.reasoning, row.text])).hexdigest()
+        rows.append(
+            row.row(family=item.family, scores=scores, fault=found.fault, answer_sha256=digest)
+        )
         advance(row)
     return rows
-
-
-def _row(row: KeptAnswer, family: str, found: Score) -> Row:
-    return Row(
-        start=0,
-        item=row.item,
-        family=family,
-        repeat=row.repeat,
-        finish=row.finish,
-        output_tokens=row.tokens,
-        seconds=row.seconds,
-        ttft=row.ttft,
-        scores={"strict": found.strict, "flexible": found.flexible},
-        fault=found.fault,
-        answer_sha256=row.sha256,
-    )

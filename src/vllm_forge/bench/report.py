@@ -49,7 +49,7 @@ def report(
     ]
     comparisons = list(_comparisons(arms, gates))
     charts = {"starts": plots.starts(summaries), "pareto": plots.pareto(summaries),
-              "first-tokens": plots.first_tokens(arms, summaries)}  # fmt: skip
+              "first-tokens": plots.first_tokens(summaries)}  # fmt: skip
     if any(summary.positions for summary in summaries):
         charts["positions"] = plots.positions(summaries)
     if any(row["gates"] for row in comparisons):
@@ -63,7 +63,7 @@ def _counters(arm: Arm) -> Iterator[dict[str, Any]]:
     """Of each start of a model whose acceptance is known; validity compared them with it."""
     for start in arm.result.starts:
         if start.window and start.window.predicted:
-            change = start.window.after.since(start.window.before)
+            change = start.window.change
             yield {"start": start.order, "drafts": change["drafts"],
                    "accepted": list(change["per_position"])}  # fmt: skip
 
@@ -97,10 +97,10 @@ def _comparisons(arms: Sequence[Arm], gates: Mapping[str, Gate]) -> Iterator[dic
             }  # fmt: skip
             repeat = next((one for one in again if one is not arm), None)
             try:
-                outcomes = gate(gates, reference, arm, repeat)
-                yield {**row, "gates": [outcome.as_json() for outcome in outcomes]}
+                row["gates"] = [one.as_json() for one in gate(gates, reference, arm, repeat)]
             except InvalidResultError as error:
-                yield {**row, "refused": error.what}
+                row["refused"] = error.what
+            yield row
 
 
 def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
@@ -114,15 +114,15 @@ def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
         remedy="give the output folder of a session",
     )  # fmt: skip
     arms = [read_arm(path) for path in sorted(folder.glob("*-c*[0-9].json"))]
-    done = {(row.order, row.arm) for row in journal.attempts if row.state == "done"}
+    starts = {(row.order, row.arm) for row in journal.attempts if row.state == "done"}
     kept: defaultdict[int, set[tuple[int, str]]] = defaultdict(set)
     for arm in arms:
         names = {(start.order, arm.result.arm) for start in arm.result.starts}
         kept[arm.result.conditions.concurrency] |= names
     sessions = {arm.result.session for arm in arms}
-    if len(sessions) != 1 or any(names != done for names in kept.values()):
-        starts = {concurrency: sorted(names) for concurrency, names in kept.items()}
-        what = f"by concurrency, its records have {starts}, its list of starts {sorted(done)}"
+    if len(sessions) != 1 or any(names != starts for names in kept.values()):
+        known = {concurrency: sorted(names) for concurrency, names in kept.items()}
+        what = f"by concurrency, its records have {known}, its list of starts {sorted(starts)}"
         remedy = "give the whole output folder of one session"
         raise ResultFileError(what, where=folder, remedy=remedy)
     name = f"{sessions.pop()}-{journal.attempts[0].began[:10]}"

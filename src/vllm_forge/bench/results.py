@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,7 @@ from vllm_forge.host import (
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Flag, Name, Text
 
+T = TypeVar("T")
 MOST_STARTS = 16  # 2^16 patterns of signs are enumerated in a moment
 LARGEST_ROWS = 256 << 20  # bytes, unpacked; a row has about 200
 REMEDY = "give a record of `bench run`, `serve`, `quality` or `import`, with its rows beside it"
@@ -100,16 +101,6 @@ class Counters(FrozenModel):
     prefix_hits: Count
     tokens: Count = Field(description="generated")
 
-    def since(self, before: "Counters") -> dict[str, Any]:
-        """What was counted after ``before``; negative where a counter was reset."""
-        change = {
-            name: getattr(self, name) - getattr(before, name)
-            for name in Counters.model_fields
-            if name != "per_position"
-        }
-        pairs = itertools.zip_longest(self.per_position, before.per_position, fillvalue=0)
-        return {**change, "per_position": tuple(now - then for now, then in pairs)}
-
 
 class Drafts(FrozenModel):
     """What a workload predicts of a model whose acceptance is known exactly."""
@@ -144,6 +135,15 @@ class Window(FrozenModel):
     gpus_before: tuple[GpuState, ...] = Field(default=(), description="of the host")
     gpus_after: tuple[GpuState, ...] = ()
 
+    @property
+    def change(self) -> dict[str, Any]:
+        """What was counted in it, by counter; negative where one was reset."""
+        before, after = dict(self.before), dict(self.after)
+        places = after.pop("per_position"), before.pop("per_position")
+        pairs = itertools.zip_longest(*places, fillvalue=0)
+        counts = {name: after[name] - before[name] for name in after}
+        return {**counts, "per_position": tuple(now - then for now, then in pairs)}
+
 
 class Start(FrozenModel):
     """One start of the server; ``order``: among those of all arms."""
@@ -164,17 +164,22 @@ class RowsFile(FrozenModel):
     count: Count
 
 
-class Result(FrozenModel):
-    """One arm."""
+class Setup(FrozenModel):
+    """What is measured: the same in all starts of a record."""
 
-    format: Literal["bench/1"]
     arm: Name
     session: Text = Field(description="one name for all arms that were run in turns")
     conditions: Conditions
     server: Server
+    differs: Differences = ()
+
+
+class Result(Setup):
+    """One arm."""
+
+    format: Literal["bench/1"]
     starts: tuple[Start, ...] = Field(min_length=1)
     rows: RowsFile
-    differs: Differences = ()
 
 
 class Row(FrozenModel):
@@ -194,6 +199,10 @@ class Row(FrozenModel):
     drafted: Count = 0
     accepted: Count = 0
     positions: tuple[Count, ...] = Field(default=(), description="accepted, by position in a draft")
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.item, self.repeat
 
     @property
     def tpot(self) -> float | None:
@@ -240,48 +249,52 @@ def read_arm(path: Path) -> Arm:
     )
     rows_path = path.with_name(result.rows.file)
     try:
-        packed = read_plain(rows_path)
-        rows = _parse_rows(packed)
-        if problem := _problem(result.rows, packed):
-            # A writer that was killed between both files left rows of one more start.
-            rows = tuple(row for row in rows if row.start < len(result.starts))
-            problem = _problem(result.rows, _pack(rows))
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        problem, rows = f"{error}", ()
-    if not problem and len(rows) != result.rows.count:
-        problem = f"expected {result.rows.count} rows, found {len(rows)}"
-    if not problem and any(row.start >= len(result.starts) for row in rows):
-        problem = "a row is of a start that the record does not have"
-    if problem:
-        what = f"invalid rows of a result: {problem}"
-        raise ResultFileError(what, where=str(rows_path), remedy=REMEDY)
-    return Arm(path, result, rows)
+        return Arm(path, result, _read_rows(rows_path, result))
+    except (OSError, zlib.error, ValueError) as error:
+        what = f"invalid rows of a result: {error}"
+        raise ResultFileError(what, where=str(rows_path), remedy=REMEDY) from None
+
+
+def _read_rows(path: Path, result: Result) -> tuple[Row, ...]:
+    packed = read_plain(path)
+    rows = parse_lines(unpacked(packed), Row.model_validate)
+    if hashlib.sha256(packed).hexdigest() != result.rows.sha256:
+        # A writer that was killed between both files left rows of one more start.
+        rows = [row for row in rows if row.start < len(result.starts)]
+        if hashlib.sha256(_pack(rows)).hexdigest() != result.rows.sha256:
+            raise ValueError("SHA-256 does not match the record")
+    if len(rows) != result.rows.count:
+        raise ValueError(f"expected {result.rows.count} rows, found {len(rows)}")
+    if any(row.start >= len(result.starts) for row in rows):
+        raise ValueError("a row is of a start that the record does not have")
+    return tuple(rows)
 
 
 def write_arm(
-    path: Path,
-    record: dict[str, Any],
-    rows: Sequence[Row],
+    path: Path, setup: Setup, starts: Sequence[Start], rows: Sequence[Row],
     check: Callable[[Arm], None] = lambda arm: None,
-) -> None:
+) -> None:  # fmt: skip
     """Write the rows, and the record, which names them; the same bytes for the same rows.
 
     Nothing is written if ``check`` raises, or if the disk has no space for both. The rows appear
     first: if kill -9 leaves the old record, it still reads its own of those with one more start.
     """
-    arm, packed = make_arm(path, record, rows)
+    arm, packed = make_arm(path, setup, starts, rows)
     check(arm)
+    record = arm.result.model_dump(mode="json")
     with atomic_path(path) as aside:
-        write_json(aside, arm.result.model_dump(mode="json"))
+        write_json(aside, {"format": record["format"], **record})
         write_whole(path.with_name(arm.result.rows.file), packed)
 
 
-def make_arm(path: Path, record: dict[str, Any], rows: Sequence[Row]) -> tuple[Arm, bytes]:
+def make_arm(
+    path: Path, setup: Setup, starts: Sequence[Start], rows: Sequence[Row]
+) -> tuple[Arm, bytes]:
     """A result as `write_arm` would write it to ``path``, and the packed rows."""
     packed = _pack(rows)
-    target = path.with_suffix(".jsonl.gz")
-    entry = {"file": target.name, "sha256": hashlib.sha256(packed).hexdigest(), "count": len(rows)}
-    result = Result.model_validate({**record, "format": "bench/1", "rows": entry})
+    digest = hashlib.sha256(packed).hexdigest()
+    entry = RowsFile(file=path.with_suffix(".jsonl.gz").name, sha256=digest, count=len(rows))
+    result = Result(format="bench/1", **dict(setup), starts=tuple(starts), rows=entry)
     return Arm(path, result, tuple(rows)), packed
 
 
@@ -290,21 +303,23 @@ def _pack(rows: Sequence[Row]) -> bytes:
     return gzip.compress(lines, mtime=0)
 
 
-def _problem(entry: RowsFile, packed: bytes) -> str:
-    matches = hashlib.sha256(packed).hexdigest() == entry.sha256
-    return "" if matches else "SHA-256 does not match the record"
-
-
-def _parse_rows(packed: bytes) -> tuple[Row, ...]:
+def unpacked(content: bytes) -> bytes:
+    """What a gzip file has; ValueError, zlib.error."""
     unpacker = zlib.decompressobj(wbits=31)
-    content = unpacker.decompress(packed, LARGEST_ROWS)
+    text = unpacker.decompress(content, LARGEST_ROWS)
     if unpacker.unconsumed_tail or unpacker.unused_data or not unpacker.eof:
         raise ValueError(f"not one gzip member of at most {LARGEST_ROWS} bytes")
-    return tuple(_parse_row(*line) for line in enumerate(content.splitlines(), 1))
+    return text
 
 
-def _parse_row(number: int, line: bytes) -> Row:
-    try:
-        return Row.model_validate(parse_json(line))
-    except ValueError as error:
-        raise ValueError(f"row {number}: {first_problem(error)}") from None
+def parse_lines(content: bytes, parse: Callable[[Any], T]) -> list[T]:
+    """What ``parse`` makes of each line of JSONL; ValueError names the line."""
+    rows = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            if line.strip():
+                rows.append(parse(parse_json(line)))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            detail = first_problem(error) if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"line {number}: {detail}") from None
+    return rows

@@ -6,9 +6,9 @@ order, every command; what runs it needs neither matrix.toml nor a container eng
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vllm_forge.bench.errors import SessionFileError
 from vllm_forge.bench.results import (
@@ -40,6 +40,12 @@ class ArmRow(FrozenModel):
     model: Text = Field(default="", description="with command: name that requests ask for")
     env: Variables = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> Self:
+        if (self.preset is None) == (not self.command) or bool(self.command) != bool(self.model):
+            raise ValueError("expected a preset, or a command and its model")
+        return self
+
 
 class Crosscheck(FrozenModel):
     """Another tool, which measures an arm's last start after us, for `bench crosscheck`."""
@@ -55,6 +61,12 @@ class Questions(FrozenModel):
     data: FileName | None = Field(default=None, description="beside this file")
     sha256: Hash | None = None
     license: Text | None = None
+
+    @model_validator(mode="after")
+    def _data_are_whole(self) -> Self:
+        if len({value is None for value in (self.data, self.sha256, self.license)}) > 1:
+            raise ValueError("data, sha256 and license belong together")
+        return self
 
 
 class Session(FrozenModel):
@@ -76,6 +88,22 @@ class Session(FrozenModel):
     arm: dict[Name, ArmRow] = Field(min_length=1)
     differs: Differences = ()
     crosscheck: Crosscheck | None = None
+
+    @property
+    def turns(self) -> tuple[Name, ...]:
+        """The arm of each start: ABBA; drift then affects all alike."""
+        names = list(self.arm)
+        return tuple(
+            name for block in range(self.starts) for name in names[:: -1 if block % 2 else 1]
+        )
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        if {bool(self.workload), self.max_tokens is not None} != {self.quality is None}:
+            raise ValueError("expected workload and max_tokens, or [quality] in their place")
+        if self.crosscheck is not None and self.crosscheck.arm not in self.arm:
+            raise ValueError(f"crosscheck: no arm {self.crosscheck.arm}")
+        return self
 
 
 class Launch(FrozenModel):
@@ -112,6 +140,12 @@ class Plan(FrozenModel):
     differs: Differences = ()
     quality: Kept | None = None
 
+    @model_validator(mode="after")
+    def _turns_are_of_arms(self) -> Self:
+        if unknown := set(self.turns) - self.arms.keys():
+            raise ValueError(f"no arm {sorted(unknown)[0]}")
+        return self
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
@@ -124,53 +158,13 @@ class Plan(FrozenModel):
 def read_session(path: Path) -> Session:
     """A session of TOML; SessionFileError."""
     remedy = "see docs/operate/bench-sessions.md for the keys"
-    session: Session = read_data(
-        path, Session.model_validate, SessionFileError, what="session", remedy=remedy
-    )
-    asked = session.quality
-    if [bool(session.workload), session.max_tokens is not None] != 2 * [asked is None]:
-        what = "expected workload and max_tokens, or [quality] in their place"
-        raise SessionFileError(what, where=path, remedy=remedy)
-    if (
-        asked is not None
-        and len({x is None for x in (asked.data, asked.sha256, asked.license)}) > 1
-    ):
-        what = "quality: data, sha256 and license belong together"
-        raise SessionFileError(what, where=path, remedy=remedy)
-    if session.crosscheck is not None and session.crosscheck.arm not in session.arm:
-        what = f"crosscheck: no arm {session.crosscheck.arm}"
-        raise SessionFileError(what, where=path, remedy=remedy)
-    for name, row in session.arm.items():
-        if (row.preset is None) == (not row.command) or bool(row.command) != bool(row.model):
-            what = f"invalid arm {name}: expected a preset, or a command and its model"
-            raise SessionFileError(what, where=path, remedy=remedy)
-    return session
-
-
-def turns_of(session: Session) -> tuple[Name, ...]:
-    """The arm of each start: ABBA; drift then affects all alike."""
-    names = list(session.arm)
-    return tuple(
-        name for block in range(session.starts) for name in names[:: -1 if block % 2 else 1]
-    )
-
-
-def workload_of(session: Session) -> Path:
-    """Name of the file with prompts."""
-    asked = session.quality
-    return Path(f"{asked.workload}.jsonl" if asked else session.workload or "")
+    return read_data(path, Session.model_validate, SessionFileError, what="session", remedy=remedy)
 
 
 def read_plan(folder: Path) -> Plan:
     """The plan in a folder, with its workload beside it; SessionFileError."""
-    remedy = "make the plan again"
-    plan: Plan = read_data(
-        folder / PLAN, Plan.model_validate, SessionFileError, what="plan", remedy=remedy
-    )
-    if unknown := set(plan.turns) - plan.arms.keys():
-        what = f"invalid plan: no arm {sorted(unknown)[0]}"
-        raise SessionFileError(what, where=folder / PLAN, remedy=remedy)
-    return plan
+    path, remedy = folder / PLAN, "make the plan again"
+    return read_data(path, Plan.model_validate, SessionFileError, what="plan", remedy=remedy)
 
 
 def write_plan(plan: Plan, folder: Path, workload: bytes) -> None:

@@ -11,22 +11,16 @@ from vllm_forge.bench.results import Arm
 class Summary:
     """``rates``: tokens a second by start; TTFT and TPOT are medians of answers, in seconds."""
 
-    arm: str
-    workload: str
-    image: str
-    claimed: bool
-    concurrency: int
-    gpus: int
-    starts: int
+    arm: Arm
     rates: dict[int, float]
     ttft: float | None
     tpot: float | None
     acceptance: float | None
-    positions: tuple[float, ...] = ()  # accepted of all drafts, by position
+    positions: tuple[float, ...]  # accepted of all drafts, by position
 
     @property
     def name(self) -> str:
-        return f"{self.arm}, c={self.concurrency}"
+        return f"{self.arm.result.arm}, c={self.arm.result.conditions.concurrency}"
 
     @property
     def rate(self) -> float:
@@ -34,11 +28,12 @@ class Summary:
 
     def figures(self) -> dict[str, str]:
         """One row of a table; what was not measured is "not run"."""
+        result, server = self.arm.result, self.arm.result.server
         rate = self.rate if self.rates else None
         noise = statistics.stdev(self.rates.values()) / self.rate if len(self.rates) > 1 else None
         numbers = {
             "tokens/s": (rate, ".1f", 1),
-            "of a GPU": (rate, ".1f", 1 / self.gpus),
+            "of a GPU": (rate, ".1f", 1 / server.gpus),
             "between starts": (noise, ".2%", 1),
             "TTFT, s": (self.ttft, ".3f", 1),
             "TPOT, ms": (self.tpot, ".2f", 1000),
@@ -48,13 +43,13 @@ class Summary:
             name: "not run" if value is None else f"{value * scale:{form}}"
             for name, (value, form, scale) in numbers.items()
         }
+        claimed = " (claimed)" if server.claimed else ""
         return {
             "result": self.name,
-            "workload": self.workload,
-            "image": self.image.removeprefix("sha256:")[:12]
-            + (" (claimed)" if self.claimed else ""),
-            "starts": str(self.starts),
-            "GPUs": str(self.gpus),
+            "workload": result.conditions.workload,
+            "image": server.image.removeprefix("sha256:")[:12] + claimed,
+            "starts": str(len(result.starts)),
+            "GPUs": str(server.gpus),
             **texts,
             "by position": " / ".join(f"{share:.2%}" for share in self.positions) or "not run",
         }
@@ -62,23 +57,15 @@ class Summary:
 
 def summarize(arm: Arm) -> Summary:
     """Of all starts of a record."""
-    result = arm.result
     ttfts = [row.ttft for row in arm.rows if row.ttft is not None]
     tpots = [row.tpot for row in arm.rows if row.tpot is not None]
-    windows = [start.window for start in result.starts if start.window]
-    changes = [window.after.since(window.before) for window in windows]
+    changes = [start.window.change for start in arm.result.starts if start.window]
     drafts, drafted, accepted = (
         sum(change[name] for change in changes) for name in ("drafts", "draft_tokens", "accepted")
     )
     places = zip_longest(*(change["per_position"] for change in changes), fillvalue=0)
     return Summary(
-        arm=result.arm,
-        workload=result.conditions.workload,
-        image=result.server.image,
-        claimed=result.server.claimed,
-        concurrency=result.conditions.concurrency,
-        gpus=result.server.gpus,
-        starts=len(result.starts),
+        arm=arm,
         rates=arm.rates(),
         ttft=statistics.median(ttfts) if ttfts else None,
         tpot=statistics.median(tpots) if tpots else None,

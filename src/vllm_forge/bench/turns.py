@@ -18,27 +18,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from vllm_forge.bench.client import Prompt, is_healthy
-from vllm_forge.bench.errors import (
-    ArmUnknownError,
-    ServerStartError,
-    SessionFileError,
-    StartFailedError,
-)
-from vllm_forge.bench.hardware import kernels_of
+from vllm_forge.bench.errors import ServerStartError, SessionFileError, StartFailedError
+from vllm_forge.bench.hardware import kernels_of, listed_gpus
 from vllm_forge.bench.measure import add_start, count_compiled, measure, read_workload
-from vllm_forge.bench.quality import Answers, answers_path, ask, header_of
-from vllm_forge.bench.results import Count, Row, Seconds, Start, make_arm, read_arm
+from vllm_forge.bench.quality import Answers, Header, answers_path, ask
+from vllm_forge.bench.results import Count, Seconds, Setup, make_arm, read_arm
 from vllm_forge.bench.session import UNKNOWN, Launch, Plan, read_plan
 from vllm_forge.bench.validity import require_valid
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import HostProbe, Probe, console, printable, read_data, remove, write_json
 from vllm_forge.host.errors import FileAccessError
-from vllm_forge.host.probe import GPU_QUERY, Gpu, parse_gpus
+from vllm_forge.host.probe import Gpu
 from vllm_forge.host.run import Runner, background
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Name
@@ -75,14 +70,13 @@ class Journal(FrozenModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What all starts of a run have; ``client``: see `measure`."""
+    """What all starts of a run have."""
 
     plan: Plan
     output: Path
     parts: Sequence[list[Prompt]]  # of each concurrency
     gpu: Gpu
     probe: Probe
-    client: Callable[..., float] | None
 
     def start(self, order: int) -> None:
         """One start at every concurrency; its rows are kept only if all are valid."""
@@ -93,40 +87,47 @@ class Run:
                 Path(place).mkdir(parents=True, exist_ok=True)
         cached = count_compiled(caches)
         log = self.output / LOGS / f"{order:02}-{name}.log"
+        setups = self._setups(name)
         with serving(plan.arms[name], plan, log) as ready_s:
             if plan.quality is not None:
-                self._ask(order, plan.quality.license)
+                self._ask(order, setups, plan.quality.license)
                 return
-            cells = [self._measure(order, place) for place in range(len(plan.conditions))]
+            cells = [
+                measure(
+                    plan.url, plan.arms[name].model, setup, prompts, warm=plan.warm, order=order,
+                    caches=caches, probe=self.probe,
+                )
+                for setup, prompts in zip(setups, self.parts, strict=True)
+            ]  # fmt: skip
             if name not in plan.turns[order + 1 :]:
                 self._crosscheck(name)
         compiled = count_compiled(caches) - cached
         facts = {"ready_s": ready_s, "cached": cached, "compiled": max(0, compiled),
                  "kernels": kernels_of(log)}  # fmt: skip
-        cells = [(arm, start.model_copy(update=facts), rows) for arm, start, rows in cells]
-        paths = [record_path(self.output, name, one.concurrency) for one in plan.conditions]
-        for path, (arm, start, rows) in zip(paths, cells, strict=True):
-            require_valid(make_arm(path, {**arm, "starts": [start]}, rows)[0])
-        for path, (arm, start, rows) in zip(paths, cells, strict=True):
+        starts = [(start.model_copy(update=facts), rows) for start, rows in cells]
+        paths = self._records(order)
+        for path, setup, (start, rows) in zip(paths, setups, starts, strict=True):
+            require_valid(make_arm(path, setup, [start], rows)[0])
+        for path, setup, (start, rows) in zip(paths, setups, starts, strict=True):
             # A run that was ended between two records has the start in the first one already.
-            known = read_arm(path).result.starts if path.exists() else ()
-            if order not in {row.order for row in known}:
-                add_start(path, arm, start, rows)
+            if not _has_start(path, order):
+                add_start(path, setup, start, rows)
 
     def require_kept(self, order: int) -> None:
         """SessionFileError unless the records have a start that is done."""
-        for one in self.plan.conditions:
-            path = record_path(self.output, self.plan.turns[order], one.concurrency)
-            if self.plan.quality is not None:
-                path = answers_path(path, order)
-                found = path.exists()
-            else:
-                known = read_arm(path).result.starts if path.exists() else ()
-                found = order in {row.order for row in known}
-            if not found:
+        for record in self._records(order):
+            answers = answers_path(record, order)
+            kept = answers.exists() if self.plan.quality else _has_start(record, order)
+            if not kept:
                 what = f"start {order} is done, but its record does not have it"
                 remedy = "restore the record, or give another output folder"
-                raise SessionFileError(what, where=path, remedy=remedy)
+                where = answers if self.plan.quality else record
+                raise SessionFileError(what, where=where, remedy=remedy)
+
+    def _records(self, order: int) -> list[Path]:
+        """Of each concurrency."""
+        arm = self.plan.turns[order]
+        return [record_path(self.output, arm, one.concurrency) for one in self.plan.conditions]
 
     def _crosscheck(self, name: str) -> None:
         """Run the other tool; what it cannot do costs its result, not ours."""
@@ -139,38 +140,33 @@ class Run:
         except ForgeError as error:
             console.print(printable(f"no crosscheck: {error}"), markup=False)
 
-    def _arm(self, order: int, place: int) -> tuple[Launch, dict[str, Any]]:
-        plan, name = self.plan, self.plan.turns[order]
-        launch, conditions = plan.arms[name], plan.conditions[place]
+    def _setups(self, name: str) -> list[Setup]:
+        """Of each concurrency."""
+        plan = self.plan
         known = {"gpu": self.gpu.name, "driver": self.gpu.driver or UNKNOWN}
-        server = launch.server.model_copy(update=known)
-        return launch, {"arm": name, "session": plan.session, "conditions": conditions,
-                        "server": server, "differs": plan.differs}  # fmt: skip
+        server = plan.arms[name].server.model_copy(update=known)
+        return [
+            Setup(arm=name, session=plan.session, conditions=one, server=server,
+                  differs=plan.differs)
+            for one in plan.conditions
+        ]  # fmt: skip
 
-    def _ask(self, order: int, license_: str) -> None:
+    def _ask(self, order: int, setups: Sequence[Setup], license_: str) -> None:
         """Keep the answers to all questions, for `bench score` on a host with a sandbox."""
-        for place, prompts in enumerate(self.parts):
-            launch, arm = self._arm(order, place)
-            record = record_path(self.output, arm["arm"], arm["conditions"].concurrency)
+        model = self.plan.arms[self.plan.turns[order]].model
+        for record, setup, prompts in zip(self._records(order), setups, self.parts, strict=True):
             path = answers_path(record, order)
             remove(path)  # of a start that did not end
-            header = header_of(launch.model, license_, arm)
-            ask(self.plan.url, prompts, arm["conditions"], Answers(path, header))
-
-    def _measure(self, order: int, place: int) -> tuple[dict[str, Any], Start, list[Row]]:
-        plan, (launch, arm) = self.plan, self._arm(order, place)
-        start, rows = measure(
-            plan.url, launch.model, arm, self.parts[place], warm=plan.warm, order=order,
-            caches=[Path(cache) for cache in plan.caches], client=self.client, probe=self.probe,
-        )  # fmt: skip
-        return arm, start, rows
+            header = Header(model=model, license=license_, arm=setup)
+            ask(self.plan.url, prompts, setup.conditions, Answers(path, header))
 
 
-def run_plan(folder: Path, output: Path, *, retry: bool = False, probe: Probe | None = None,
-             client: Callable[..., float] | None = None) -> None:  # fmt: skip
+def run_plan(
+    folder: Path, output: Path, *, retry: bool = False, probe: Probe | None = None
+) -> None:
     """Do what is left of a plan. A start that fails is written down, and ends the run.
 
-    ``retry``: repeat starts that failed before; else StartFailedError. ``client``: see `measure`.
+    ``retry``: repeat starts that failed before; else StartFailedError.
     """
     plan = read_plan(folder)
     prompts, digest = read_workload(folder / plan.workload)
@@ -181,11 +177,8 @@ def run_plan(folder: Path, output: Path, *, retry: bool = False, probe: Probe | 
         raise SessionFileError(what, where=folder / plan.workload, remedy=remedy)
     journal = _read_journal(output / JOURNAL, plan)
     _require_no_failure(journal, output, retry=retry)
-    probe = probe or HostProbe()
-    run = Run(
-        plan=plan, output=output, parts=_parts(plan, prompts, folder), gpu=_gpu(probe), probe=probe,
-        client=client,
-    )  # fmt: skip
+    probe, parts = probe or HostProbe(), _parts(plan, prompts, folder)
+    run = Run(plan=plan, output=output, parts=parts, gpu=listed_gpus(probe)[0], probe=probe)
     (output / LOGS).mkdir(parents=True, exist_ok=True)
     for order, name in enumerate(plan.turns):
         if (last := journal.state(order)) is not None and last.state == "done":
@@ -195,6 +188,11 @@ def run_plan(folder: Path, output: Path, *, retry: bool = False, probe: Probe | 
             run.start(order)
         journal = finish()
         _say(journal, plan, order)
+
+
+def _has_start(record: Path, order: int) -> bool:
+    starts = read_arm(record).result.starts if record.exists() else ()
+    return any(start.order == order for start in starts)
 
 
 def record_path(output: Path, arm: str, concurrency: int) -> Path:
@@ -229,16 +227,6 @@ def _parts(plan: Plan, prompts: list[Prompt], folder: Path) -> list[list[Prompt]
     return [prompts[size * place : size * (place + 1)] for place in range(len(plan.conditions))]
 
 
-def _gpu(probe: Probe) -> Gpu:
-    reply = probe.ask("nvidia-smi", GPU_QUERY)
-    try:
-        return parse_gpus(reply.text if reply.code == 0 else "")[0]
-    except (ValueError, LookupError):
-        what = f"no GPU is listed: {printable(reply.text).strip()}"
-        remedy = "run this on the host that serves"
-        raise ArmUnknownError(what, where="nvidia-smi", remedy=remedy) from None
-
-
 def _read_journal(path: Path, plan: Plan) -> Journal:
     if not path.exists():
         return Journal(plan_sha256=plan.digest)
@@ -249,22 +237,19 @@ def _read_journal(path: Path, plan: Plan) -> Journal:
     if journal.plan_sha256 != plan.digest:
         what = "the folder has the results of another plan"
         raise SessionFileError(what, where=path, remedy=remedy)
-    return journal.model_copy(
-        update={
-            "attempts": tuple(
-                row.model_copy(update={"state": "interrupted"}) if row.state == "running" else row
-                for row in journal.attempts
-            )
-        }
+    attempts = tuple(
+        row.model_copy(update={"state": "interrupted"}) if row.state == "running" else row
+        for row in journal.attempts
     )
+    return journal.model_copy(update={"attempts": attempts})
 
 
 def _require_no_failure(journal: Journal, output: Path, *, retry: bool) -> None:
-    orders = sorted({row.order for row in journal.attempts})
-    failed = [row for order in orders if (row := journal.state(order)) and row.state == "failed"]
-    if failed and not retry:
+    last = {row.order: row for row in journal.attempts}
+    if not retry and (failed := [row for row in last.values() if row.state == "failed"]):
+        row = min(failed, key=lambda row: row.order)
         raise StartFailedError(
-            f"start {failed[0].order} of arm {failed[0].arm} failed before: {failed[0].error}",
+            f"start {row.order} of arm {row.arm} failed before: {row.error}",
             where=output / JOURNAL,
             remedy="remove the cause and add --retry; the failed attempt stays in the file",
         )

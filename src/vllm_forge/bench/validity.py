@@ -2,115 +2,98 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_forge.bench.errors import InvalidResultError
 from vllm_forge.bench.hardware import slowdowns
-from vllm_forge.bench.results import MOST_STARTS, Arm, Row, Start, Window
+from vllm_forge.bench.results import MOST_STARTS, Arm, Conditions, Row, Window, read_arm
 
 HEADROOM = 10.0  # a slower client would be what is measured
 CLOCK, IDLE_S = 1.05, 1.0  # what clocks that are read one by one may differ by; between answers
 SHOWN = 3
+HARDWARE = ("gpu", "gpus", "driver")  # of a server
 
 
 def require_valid(*arms: Arm) -> None:
     """InvalidResultError for the first arm with faults, with all of them."""
     for arm in arms:
-        if found := list(faults(arm)):
-            raise InvalidResultError(
-                "invalid result: " + "; ".join(found),
-                where=str(arm.path),
-                remedy="repeat the measurement without these faults",
-            )
+        if found := "; ".join(faults(arm)):
+            remedy = "repeat the measurement without these faults"
+            raise InvalidResultError(f"invalid result: {found}", where=arm.path, remedy=remedy)
+
+
+def read_valid(path: Path) -> Arm:
+    """A record without faults; ResultFileError, InvalidResultError."""
+    require_valid(arm := read_arm(path))
+    return arm
 
 
 def require_comparable(reference: Arm, candidate: Arm) -> None:
     """InvalidResultError unless the arms differ only in what they serve."""
-    if found := list(differences(reference, candidate)):
-        raise InvalidResultError(
-            "arms cannot be compared: " + "; ".join(found),
-            where=f"{reference.path}, {candidate.path}",
-            remedy="measure both arms in one session, with the same conditions",
-        )
+    if found := "; ".join(differences(reference, candidate)):
+        what, where = f"arms cannot be compared: {found}", f"{reference.path}, {candidate.path}"
+        remedy = "measure both arms in one session, with the same conditions"
+        raise InvalidResultError(what, where=where, remedy=remedy)
 
 
 def faults(arm: Arm) -> Iterator[str]:
     """What is wrong with one arm."""
+    starts = arm.result.starts
     yield from _answer_faults(arm)
-    keys = {index: Counter((row.item, row.repeat) for row in arm.of_start(index))
-            for index in range(len(arm.result.starts))}  # fmt: skip
-    if any(count > 1 for counter in keys.values() for count in counter.values()):
+    keys = [Counter(row.key for row in arm.of_start(index)) for index in range(len(starts))]
+    if any(count > 1 for counter in keys for count in counter.values()):
         yield "an item was answered twice in one start"
-    if any(set(counter) != set(keys[0]) for counter in keys.values()):
+    if any(set(counter) != set(keys[0]) for counter in keys):
         yield "the starts answered different items"
-    orders = Counter(start.order for start in arm.result.starts)
+    orders = Counter(start.order for start in starts)
     yield from (f"two starts have the order {order}" for order, n in orders.items() if n > 1)
     copies = Counter(frozenset(map(_measured, arm.of_start(index)))
-                     for index, start in enumerate(arm.result.starts) if start.window)  # fmt: skip
+                     for index, start in enumerate(starts) if start.window)  # fmt: skip
     if any(count > 1 for count in copies.values()):
         yield "two starts have the same answers and times: one is a copy"
-    if len(sets := {start.kernels for start in arm.result.starts} - {None}) > 1:
-        first, second, *_ = sorted(map(_names, sets))
+    if len(sets := {start.kernels for start in starts} - {None}) > 1:
+        first, second, *_ = sorted(sorted(names or ()) for names in sets)
         yield f"its starts ran different kernels: {_unequal(first, second)}"
-    for index, start in enumerate(arm.result.starts):
-        rows = arm.of_start(index)
+    for index, start in enumerate(starts):
         if start.cached == 0 and start.compiled:
             yield f"start {index}: the caches were cold: it compiled {start.compiled} files"
-        yield from (f"start {index}: {text}" for text in _start_faults(start, rows, arm))
+        if start.window is not None:
+            texts = _window_faults(start.window, arm.of_start(index), arm.result.conditions)
+            yield from (f"start {index}: {text}" for text in texts)
 
 
 def _measured(row: Row) -> tuple[object, ...]:
-    return (
-        row.item,
-        row.repeat,
-        row.seconds,
-        row.ttft,
-        row.output_tokens,
-        row.drafted,
-        row.accepted,
-    )
+    return *row.key, row.seconds, row.ttft, row.output_tokens, row.drafted, row.accepted
 
 
 def _answer_faults(arm: Arm) -> Iterator[str]:
-    conditions = arm.result.conditions
-    if failed := [row.item for row in arm.rows if row.finish == "error"]:
-        yield f"{len(failed)} failed requests ({_some(failed)})"
+    conditions, cap = arm.result.conditions, arm.result.conditions.max_tokens
+    yield from _counted("failed requests", [row for row in arm.rows if row.finish == "error"])
+    cut = [row for row in arm.rows if row.finish == "length"]
     if conditions.ignore_eos:
-        short = [
-            row.item
-            for row in arm.rows
-            if row.finish != "error" and row.output_tokens < conditions.max_tokens
-        ]
-        if short:
-            yield f"{len(short)} answers below {conditions.max_tokens} tokens ({_some(short)})"
+        short = [row for row in arm.rows if row.output_tokens < cap and row.finish != "error"]
+        yield from _counted(f"answers below {cap} tokens", short)
     else:
-        cut = [row for row in arm.rows if row.finish == "length"]
-        early = [row.item for row in cut if row.output_tokens < conditions.max_tokens]
-        if early:  # by the server's --max-model-len
-            yield f"{len(early)} answers cut below {conditions.max_tokens} tokens ({_some(early)})"
-    right = [row.item for row in arm.rows if row.finish == "length" and any(row.scores.values())]
-    if right and not conditions.ignore_eos:
-        yield f"{len(right)} truncated answers scored as right ({_some(right)})"
+        early = [row for row in cut if row.output_tokens < cap]  # by the server's --max-model-len
+        yield from _counted(f"answers cut below {cap} tokens", early)
+        right = [row for row in cut if any(row.scores.values())]
+        yield from _counted("truncated answers scored as right", right)
     for score in sorted({name for row in arm.rows for name in row.scores}):
-        bare = [row.item for row in arm.rows if row.finish == "stop" and score not in row.scores]
-        if bare:
-            yield f"{len(bare)} answers without the score {score} ({_some(bare)})"
+        bare = [row for row in arm.rows if row.finish == "stop" and score not in row.scores]
+        yield from _counted(f"answers without the score {score}", bare)
 
 
-def _start_faults(start: Start, rows: list[Row], arm: Arm) -> Iterator[str]:
-    if start.window is None:
-        return
+def _window_faults(window: Window, rows: list[Row], conditions: Conditions) -> Iterator[str]:
     if not any(row.output_tokens for row in rows):
         yield "no tokens"
-    window = start.window
-    yield from _time_faults(window.seconds, rows, arm.result.conditions.concurrency)
-    before, after = window.before, window.after
-    change = after.since(before)
+    yield from _time_faults(window.seconds, rows, conditions.concurrency)
+    change = window.change
     back = [name for name, count in change.items() if _least(count) < 0]
     if back:
         yield f"counters went backwards: {', '.join(back)}"
-    if not arm.result.conditions.prefix_cache and after.prefix_hits > before.prefix_hits:
+    if not conditions.prefix_cache and change["prefix_hits"] > 0:
         yield f"{change['prefix_hits']} prefix-cache hits, which the conditions do not declare"
     if files := window.new_files:
         yield f"{len(files)} files were compiled in the window ({_some(files)})"
@@ -163,34 +146,25 @@ def require_distinct(*arms: Arm) -> None:
     """InvalidResultError if one of them is another one, or a copy: times do not come again."""
     for first, second in itertools.combinations(arms, 2):
         if first.result.rows.sha256 == second.result.rows.sha256:
-            raise InvalidResultError(
-                "both have the same answers and times: they are one measurement",
-                where=f"{first.path}, {second.path}",
-                remedy="measure each of them; the reference, too, for --repeat",
-            )
+            what = "both have the same answers and times: they are one measurement"
+            remedy = "measure each of them; the reference, too, for --repeat"
+            raise InvalidResultError(what, where=f"{first.path}, {second.path}", remedy=remedy)
 
 
 def differences(reference: Arm, candidate: Arm) -> Iterator[str]:
     """What two arms must have in common and do not."""
-    declared = set(reference.result.differs) & set(candidate.result.differs)
-    pairs: list[tuple[str, Mapping[str, object], Mapping[str, object]]] = [
-        (
-            name,
-            getattr(reference.result, name).model_dump(),
-            getattr(candidate.result, name).model_dump(),
-        )
-        for name in ("conditions", "server")
-    ]
-    for name, first, second in pairs:
-        keys = ("gpu", "gpus", "driver") if name == "server" else tuple(first)
-        for key in keys:
-            if first[key] != second[key] and key not in declared:
-                yield f"{key}: {first[key]!r} against {second[key]!r}"
-    if reference.result.server == candidate.result.server and "kernels" not in declared:
+    first, second = reference.result, candidate.result
+    declared = {*first.differs} & {*second.differs}
+    pairs = [(key, value, getattr(second.conditions, key)) for key, value in first.conditions]
+    pairs += [(key, getattr(first.server, key), getattr(second.server, key)) for key in HARDWARE]
+    for key, one, other in pairs:
+        if one != other and key not in declared:
+            yield f"{key}: {one!r} against {other!r}"
+    if first.server == second.server and "kernels" not in declared:
         yield from _kernels(reference, candidate)
-    if reference.result.session != candidate.result.session:
+    if first.session != second.session:
         yield "they are of different sessions"
-    if {_key(row) for row in reference.rows} != {_key(row) for row in candidate.rows}:
+    if {row.key for row in reference.rows} != {row.key for row in candidate.rows}:
         yield "they answered different items"
     yield from _order(reference, candidate)
 
@@ -205,20 +179,16 @@ def intended(reference: Arm, candidate: Arm) -> list[str]:
 def _kernels(reference: Arm, candidate: Arm) -> Iterator[str]:
     """A sentence if both arms have logs, and they state different kernels."""
     first, second = (
-        next((_names(start.kernels) for start in arm.result.starts if start.kernels), [])
+        next((start.kernels for start in arm.result.starts if start.kernels), ())
         for arm in (reference, candidate)
     )
-    if first and second and first != second:
+    if first and second and {*first} != {*second}:
         yield f"kernels: {_unequal(first, second)}"
 
 
-def _names(kernels: tuple[str, ...] | None) -> list[str]:
-    return sorted(kernels or ())
-
-
-def _unequal(first: list[str], second: list[str]) -> str:
+def _unequal(first: Sequence[str], second: Sequence[str]) -> str:
     texts = [
-        ", ".join(sorted(set(a) - set(b))) or "none" for a, b in ((first, second), (second, first))
+        ", ".join(sorted({*a} - {*b})) or "none" for a, b in ((first, second), (second, first))
     ]
     return f"{texts[0]} in one, {texts[1]} in the other"
 
@@ -240,10 +210,10 @@ def _order(reference: Arm, candidate: Arm) -> Iterator[str]:
             yield "their starts were not in turns"
 
 
-def _key(row: Row) -> tuple[str, int]:
-    return row.item, row.repeat
+def _counted(text: str, rows: Sequence[Row]) -> Iterator[str]:
+    if rows:
+        yield f"{len(rows)} {text} ({_some([row.item for row in rows])})"
 
 
-def _some(names: list[str] | tuple[str, ...]) -> str:
-    more = ", ..." if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -1,36 +1,18 @@
 """What can be said of each claim: by totals alone, by raw results, by arithmetic."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from vllm_forge.bench import statistics
+from vllm_forge.bench import claims, statistics
 from vllm_forge.bench.arithmetic import RULES, Span, follows, number, operand, span
-from vllm_forge.bench.claims import (
-    REMEDY,
-    Bare,
-    Claim,
-    ClaimsFile,
-    ColdStart,
-    Comparison,
-    Derived,
-    Makespan,
-    Order,
-    Range,
-    RawRun,
-    Scored,
-    Series,
-    Share,
-    Single,
-    Speedup,
-    read_claims,
-    read_run,
-)
+from vllm_forge.bench.claims import ClaimsFile, RawRun, Share
 from vllm_forge.bench.errors import ClaimsFileError
 from vllm_forge.bench.statistics import ALPHA, Interval
 from vllm_forge.host.files import file_digest
@@ -61,39 +43,49 @@ class Verdict:
     interval: Interval | None = None
     p: float | None = None
     adjusted: float | None = None
-    id: str = ""
-    says: str = ""
-    at: str = ""
-    group: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Rounded, so that another release of scipy gives the same record."""
+        numbers = {"p": self.p, "adjusted": self.adjusted}
+        return {
+            "word": str(self.word),
+            "method": self.method,
+            "n": self.n,
+            "detail": self.detail,
+            **{key: None if p is None else float(f"{p:.3g}") for key, p in numbers.items()},
+            "interval": self.interval and [round(end, 2) for end in self.interval],
+        }
 
 
 def judge(path: Path) -> dict[str, Any]:
     """Verdicts on all claims of a file, as JSON; raw results are beside it. ClaimsFileError."""
-    claims = read_claims(path)
-    runs = {name: read_run(path.parent, raw) for name, raw in claims.raw.items()}
+    file = claims.read_claims(path)
+    runs = {name: claims.read_run(path.parent, raw) for name, raw in file.raw.items()}
+    names = ("id", "group", "says", "at")
     return {
         "schema": "claims/1",
         "claims_sha256": file_digest(path),
-        "card": claims.card,
-        "revision": claims.revision,
-        "verdicts": [_as_row(verdict) for verdict in verdicts(claims, runs)],
+        "card": file.card,
+        "revision": file.revision,
+        "verdicts": [
+            {**{name: getattr(row, name) for name in names}, **verdict.as_json()}
+            for row, verdict in zip(file.claim, verdicts(file, runs), strict=True)
+        ],
     }
 
 
-def verdicts(claims: ClaimsFile, runs: Mapping[str, RawRun]) -> list[Verdict]:
+def verdicts(file: ClaimsFile, runs: Mapping[str, RawRun]) -> list[Verdict]:
     """One verdict for each claim, in its order; ClaimsFileError."""
-    families: defaultdict[str, list[int]] = defaultdict(list)
+    families: defaultdict[bool, list[int]] = defaultdict(list)
     rows = []
-    for place, row in enumerate(claims.claim):
+    for place, row in enumerate(file.claim):
         try:
-            verdict = _judge(row, claims, runs)
+            rows.append(_judge(row, file, runs))
         except (ArithmeticError, ValueError) as error:
             what = f"invalid claim {row.id}: {error}"
-            raise ClaimsFileError(what, remedy=REMEDY) from None
-        if isinstance(row, Comparison) and verdict.p is not None:
-            families["equal" if row.claims == "equal" else "different"].append(place)
-        named = replace(verdict, id=row.id, says=row.says, at=row.at, group=row.group)
-        rows.append(named)
+            raise ClaimsFileError(what, remedy=claims.REMEDY) from None
+        if isinstance(row, claims.Comparison) and rows[place].p is not None:
+            families[row.claims == "equal"].append(place)
     for places in families.values():
         adjusted = statistics.holm([rows[place].p or 0 for place in places])
         for place, value in zip(places, adjusted, strict=True):
@@ -101,17 +93,14 @@ def verdicts(claims: ClaimsFile, runs: Mapping[str, RawRun]) -> list[Verdict]:
     return rows
 
 
-def _judge(row: Claim, claims: ClaimsFile, runs: Mapping[str, RawRun]) -> Verdict:
-    match row:
-        case Comparison():
-            return _comparison(row, claims.arm)
-        case Speedup():
-            return _speedup(row, runs[row.base], runs[row.run])
-        case _:
-            return _JUDGES[type(row)](row)
+@singledispatch
+def _judge(row: claims.Claim, file: ClaimsFile, runs: Mapping[str, RawRun]) -> Verdict:
+    """By the function for the kind of the claim."""
+    raise NotImplementedError(row.kind)
 
 
-def _comparison(row: Comparison, arms: Mapping[str, Mapping[str, str]]) -> Verdict:
+@_judge.register
+def _comparison(row: claims.Comparison, file: ClaimsFile, _: object) -> Verdict:
     """Undecided unless the difference is there whatever the pairing, and after the correction."""
     if row.second is None:
         detail = "the reference was not measured"
@@ -129,7 +118,7 @@ def _comparison(row: Comparison, arms: Mapping[str, Mapping[str, str]]) -> Verdi
         return Verdict(word=Word.CONTRADICTED, method="arithmetic", n=n, detail=detail)
     interval = statistics.share_difference(*((share.count() or 0, share.of) for share in shares))
     p, method, detail, pairing = _difference(row, *shares)
-    a, b = (arms[share.arm] for share in shares)
+    a, b = (file.arm[share.arm] for share in shares)
     others = sorted(key for key in {*a, *b} - set(row.varies) if a.get(key) != b.get(key))
     direction = {"equal": 0, "higher": 1, "lower": -1}[row.claims]
     word = Word.HOLDS
@@ -178,7 +167,7 @@ def _extremes(first: Share, second: Share) -> tuple[tuple[int, int], tuple[int, 
     return min(near, key=gap), max(ends, key=gap)
 
 
-def _difference(row: Comparison, first: Share, second: Share) -> tuple[float, str, str, str]:
+def _difference(row: claims.Comparison, first: Share, second: Share) -> tuple[float, str, str, str]:
     """p, method, what it says, and what a lack of pairs leaves open; p is the largest there is."""
     if row.flips is not None:
         p = statistics.mcnemar(*row.flips)
@@ -212,26 +201,26 @@ def _impossible(share: Share) -> Verdict:
     return Verdict(word=Word.CONTRADICTED, method="arithmetic", n=str(share.all), detail=detail)
 
 
-def _single(row: Single) -> Verdict:
+@_judge.register
+def _single(row: claims.Single, *_: object) -> Verdict:
     """The items are the sample, however often each was answered."""
     if (count := row.share.count()) is None:
         return _impossible(row.share)
     found = statistics.share(round(count / row.share.answers), row.share.of)
-    interval = Interval(*(100 * end for end in found))
-    return Verdict(
-        word=Word.CONSISTENT,
-        method="Wilson",
-        n=_printed_counts(row.share),
-        detail=f"95 % interval {interval.low:.1f} to {interval.high:.1f} %; compared with nothing",
-    )
+    low, high = 100 * found.low, 100 * found.high
+    detail = f"95 % interval {low:.1f} to {high:.1f} %; compared with nothing"
+    n = _printed_counts(row.share)
+    return Verdict(word=Word.CONSISTENT, method="Wilson", n=n, detail=detail)
 
 
-def _bare(_: Bare) -> Verdict:
+@_judge.register
+def _bare(_: claims.Bare, *__: object) -> Verdict:
     detail = "neither a count nor repeats were published"
     return Verdict(word=Word.UNDECIDED, method="none", n="1", detail=detail)
 
 
-def _derived(row: Derived) -> Verdict:
+@_judge.register
+def _derived(row: claims.Derived, *_: object) -> Verdict:
     rule, n = RULES[row.rule], ", ".join(row.of)
     printed, exact = span(row.value, row.unit), row.starts is None and not row.rounded
     operands = [operand(quantity, whole_is_exact=exact) for quantity in row.of]
@@ -245,7 +234,7 @@ def _derived(row: Derived) -> Verdict:
     return Verdict(word=Word.CONSISTENT, method="arithmetic", n=n, detail=detail)
 
 
-def _otherwise(row: Derived, operands: list[Span], printed: Span) -> str:
+def _otherwise(row: claims.Derived, operands: list[Span], printed: Span) -> str:
     """The rule that gives the printed number: points for percent, percent of the other."""
     for name, rule in RULES.items():
         if name != row.rule and rule.takes in {None, len(operands)} and all(map(any, operands)):
@@ -258,7 +247,8 @@ def _otherwise(row: Derived, operands: list[Span], printed: Span) -> str:
     return ""
 
 
-def _range(row: Range) -> Verdict:
+@_judge.register
+def _range(row: claims.Range, *_: object) -> Verdict:
     values = [100 * number(text) if "/" in text else float(text) for text in row.values]
     inside = Span(_rounded(row.low).low, _rounded(row.high).high)
     outside = [value for value in values if not inside.meets(Span(value, value))]
@@ -272,7 +262,8 @@ def _range(row: Range) -> Verdict:
     return Verdict(word=word, method="range", n=str(len(values)), detail=detail)
 
 
-def _series(row: Series) -> Verdict:
+@_judge.register
+def _series(row: claims.Series, *_: object) -> Verdict:
     """Never more than undecided: conditions of one server are not repeats."""
     pairs = [list(map(float, values)) for values in (row.first, row.second)]
     if len({round(a - b, 9) for a, b in zip(*pairs, strict=True)}) == 1:
@@ -286,14 +277,16 @@ def _series(row: Series) -> Verdict:
     return Verdict(word=Word.UNDECIDED, method="paired t", n=str(len(row.first)), detail=detail)
 
 
-def _order(row: Order) -> Verdict:
+@_judge.register
+def _order(row: claims.Order, *_: object) -> Verdict:
     right = number(row.larger) > number(row.smaller)
     detail = f"{row.larger} is {'larger' if right else 'not larger'} than {row.smaller}"
     word = Word.CONSISTENT if right else Word.CONTRADICTED
     return Verdict(word=word, method="arithmetic", n="2", detail=detail)
 
 
-def _scored(row: Scored) -> Verdict:
+@_judge.register
+def _scored(row: claims.Scored, *_: object) -> Verdict:
     if not row.share.counts():
         return _impossible(row.share)
     right = row.share.counts()[0]  # the fewest that were printed so
@@ -305,7 +298,8 @@ def _scored(row: Scored) -> Verdict:
     return Verdict(word=word, method="truncation", n=str(row.share.all), detail=detail)
 
 
-def _cold_start(row: ColdStart) -> Verdict:
+@_judge.register
+def _cold_start(row: claims.ColdStart, *_: object) -> Verdict:
     extra = row.requests * (row.mean_ttft - row.median_ttft)
     value, warm = row.tokens / row.seconds, row.tokens / (row.seconds - extra)
     tokens = Span(row.tokens, row.tokens)
@@ -319,7 +313,8 @@ def _cold_start(row: ColdStart) -> Verdict:
     return Verdict(word=word, method="cold start", n=f"{row.requests} requests", detail=detail)
 
 
-def _makespan(row: Makespan) -> Verdict:
+@_judge.register
+def _makespan(row: claims.Makespan, *_: object) -> Verdict:
     first, second = row.first, row.second
     wall, tokens = second.seconds / first.seconds, first.throughput / second.throughput
     rate = first.rate / second.rate
@@ -327,52 +322,33 @@ def _makespan(row: Makespan) -> Verdict:
     word = Word.CONSISTENT if ratio.meets(span(row.value)) else Word.CONTRADICTED
     detail = f"wall time {wall:.2f}, tokens/s {tokens:.2f}, per request {rate:.2f}"
     if not 1 / BUSY < first.busy / second.busy < BUSY:
-        detail += (
-            f"; slots are busy {first.busy:.2f} v {second.busy:.2f} of the time: "
-            "the ratio is of makespans, not of decoding"
-        )
+        detail += f"; slots are busy {first.busy:.2f} v {second.busy:.2f} of the time: "
+        detail += "the ratio is of makespans, not of decoding"
     return Verdict(word=word, method="tokens/s against wall", n="1 run each", detail=detail)
 
 
-def _speedup(row: Speedup, base: RawRun, run: RawRun) -> Verdict:
+@_judge.register
+def _speedup(row: claims.Speedup, _: object, runs: Mapping[str, RawRun]) -> Verdict:
     """A speed-up is of tokens/s: a run with a smaller cap ends sooner by doing less."""
+    base, run = runs[row.base], runs[row.run]
     wall, tokens = base.seconds / run.seconds, run.throughput / base.throughput
     cap = min(base.cap, run.cap)
     if base.answers.keys() != run.answers.keys():
         raise ValueError("the runs answered different items")
-    pairs = [
-        (base.answers[item].within(cap), run.answers[item].within(cap)) for item in run.answers
-    ]
+    pairs = [[of.answers[item].within(cap) for of in (base, run)] for item in run.answers]
     flips = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
     right = [sum(column) for column in zip(*pairs, strict=True)]
     detail = f"wall time {wall:.2f}, tokens/s {tokens:.2f}"
     if base.cap != run.cap:
         detail += f"; caps differ: {base.cap} v {run.cap} tokens"
-    detail += (
-        f"; right and stopped within {cap} tokens: {right[0]} v {right[1]}, "
-        f"McNemar p {_p(statistics.mcnemar(*flips))}"
-    )
-    word = Word.UNDECIDED
-    printed = span(row.value)
+    detail += f"; right and stopped within {cap} tokens: {right[0]} v {right[1]}, "
+    detail += f"McNemar p {_p(statistics.mcnemar(*flips))}"
+    word, printed = Word.CONTRADICTED, span(row.value)
     unequal = base.cap != run.cap and not printed.meets(Span(tokens, tokens))
-    if unequal or not printed.meets(Span(wall, wall)):
-        word = Word.CONTRADICTED
-    else:
+    if not unequal and printed.meets(Span(wall, wall)):
+        word = Word.UNDECIDED
         detail += "; 1 start, so restart noise is unknown"
     return Verdict(word=word, method="raw results", n=f"{len(pairs)} items", detail=detail)
-
-
-_JUDGES: Mapping[type, Callable[[Any], Verdict]] = {
-    Single: _single,
-    Bare: _bare,
-    Derived: _derived,
-    Range: _range,
-    Series: _series,
-    Order: _order,
-    Scored: _scored,
-    ColdStart: _cold_start,
-    Makespan: _makespan,
-}
 
 
 def _rounded(value: float) -> Span:
@@ -382,17 +358,3 @@ def _rounded(value: float) -> Span:
 
 def _p(value: float) -> str:
     return f"{value:.2g}" if value >= SMALL else f"{value:.0e}"
-
-
-def _as_row(verdict: Verdict) -> dict[str, Any]:
-    """Rounded, so that another release of scipy gives the same record."""
-    return dict(_fields(verdict))
-
-
-def _fields(verdict: Verdict) -> Iterator[tuple[str, Any]]:
-    for key in ("id", "group", "says", "at", "word", "method", "n", "detail"):
-        yield key, str(getattr(verdict, key))
-    for key in ("p", "adjusted"):
-        value = getattr(verdict, key)
-        yield key, None if value is None else float(f"{value:.3g}")
-    yield "interval", verdict.interval and [round(end, 2) for end in verdict.interval]

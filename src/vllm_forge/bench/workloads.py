@@ -6,19 +6,19 @@ import json
 import platform
 import random
 import re
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from vllm_forge.bench.client import Prompt
 from vllm_forge.bench.errors import EXTRA, LibraryMissingError, WorkloadFileError
-from vllm_forge.bench.results import LARGEST_ROWS, Drafts, Hash
-from vllm_forge.errors import UsageError, first_problem
-from vllm_forge.host import hash_of, parse_json, printable, read_data, read_plain, suggestion
+from vllm_forge.bench.measure import read_lines
+from vllm_forge.bench.results import Drafts, Hash, parse_lines, unpacked
+from vllm_forge.errors import UsageError
+from vllm_forge.host import hash_of, printable, read_data, suggestion
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Name, Text
 
@@ -121,11 +121,10 @@ class Loaded:
     license: str
     digest: str
 
-    def asked(self, arm: dict[str, Any]) -> dict[str, Any]:
-        """A record's fields, whose conditions become those of the row."""
+    def asked(self) -> dict[str, Any]:
+        """Conditions of a record; a server is asked once or often."""
         names = ("thinking", "temperature", "top_p", "max_tokens")
-        update = {name: getattr(self.row, name) for name in names}
-        return {**arm, "conditions": arm["conditions"].model_copy(update=update)}
+        return {**{name: getattr(self.row, name) for name in names}, "prefix_cache": True}
 
     def prompts(self) -> Iterator[Prompt]:
         """Each item as a chat, once for each repeat."""
@@ -143,7 +142,7 @@ def read_workloads(path: Path = ROWS) -> dict[str, Workload]:
     )  # fmt: skip
 
 
-def load(name: str, source: Source | None = None, path: Path = ROWS) -> Loaded:
+def load(name: str, brought: Source | None = None, path: Path = ROWS) -> Loaded:
     """A workload by its name; UsageError, WorkloadFileError."""
     rows = read_workloads(path)
     if name not in rows:
@@ -152,12 +151,21 @@ def load(name: str, source: Source | None = None, path: Path = ROWS) -> Loaded:
     row = rows[name]
     if row.random is not None:
         return Loaded(name, row, (), "none", hash_of(row.model_dump(), sort_keys=True))
-    where, content, license_ = _content(name, row, source)
-    items = tuple(_items(where, row, content))
-    parts = {"row": row.model_dump(), "data": hashlib.sha256(content).hexdigest()}
+    source = _source(name, row, brought)
+
+    def parse(content: bytes) -> tuple[Item, ...]:
+        if (digest := hashlib.sha256(content).hexdigest()) != source.sha256:
+            raise ValueError(f"the data's SHA-256 is {digest}, expected {source.sha256}")
+        return _items(unpacked(content) if source.path.suffix == ".gz" else content, keys)
+
+    keys = row.keys or Keys(prompt="")
+    names = ", ".join(filter(None, keys.model_dump().values()))
+    remedy = f"bring the data that the hash is of, JSONL with {names} in each line"
+    items = read_lines(source.path, parse, what=f"data of workload {name}", remedy=remedy)
+    parts = {"row": row.model_dump(), "data": source.sha256}
     if row.scorer == "code":
         parts["python"] = platform.python_version()  # which the programs are run by
-    return Loaded(name, row, items, license_, hash_of(parts, sort_keys=True))
+    return Loaded(name, row, items, source.license, hash_of(parts, sort_keys=True))
 
 
 def random_prompts(row: Workload) -> Iterator[dict[str, Any]]:
@@ -190,70 +198,44 @@ def lines(loaded: Loaded, *, repeats: bool = False) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def _content(name: str, row: Workload, source: Source | None) -> tuple[Path, bytes, str]:
-    """Place, bytes and license of a workload's data, whose hash is compared."""
-    if source is None and row.package is None:
-        what = f"workload {name} ships without data"
-        remedy = "bring it: --data FILE.jsonl --sha256 HASH --license NAME"
-        raise WorkloadFileError(what, remedy=remedy)
-    if source is not None and row.sha256 not in (None, source.sha256):
+def _source(name: str, row: Workload, source: Source | None) -> Source:
+    """Of a package, or what the user brings; WorkloadFileError."""
+    if source is None:
+        if row.package is None or row.sha256 is None:
+            what = f"workload {name} ships without data"
+            remedy = "bring it: --data FILE.jsonl --sha256 HASH --license NAME"
+            raise WorkloadFileError(what, remedy=remedy)
+        return _packaged(row.package, row.sha256)
+    if row.sha256 not in (None, source.sha256):
         what = f"--sha256 is not that of workload {name}: {row.sha256}"
         raise WorkloadFileError(what, where=source.path, remedy="bring the data that it names")
-    path = source.path if source else _packaged(row.package)
-    expected = source.sha256 if source else row.sha256
-    try:
-        content = read_plain(path, LARGEST_ROWS)
-    except (OSError, ValueError) as error:
-        what = f"cannot read the data of workload {name}: {error}"
-        raise WorkloadFileError(what, where=path, remedy="give a readable JSONL file") from None
-    if (digest := hashlib.sha256(content).hexdigest()) != expected:
-        what = f"the data's SHA-256 is {digest}, expected {expected}"
-        raise WorkloadFileError(what, where=path, remedy="bring the data that the hash is of")
-    return path, content, source.license if source else row.package.license  # type: ignore[union-attr]
+    return source
 
 
-def _packaged(package: Package | None) -> Path:
-    assert package is not None  # noqa: S101
+def _packaged(package: Package, sha256: str) -> Source:
     try:
         distribution = importlib.metadata.distribution(package.name)
     except importlib.metadata.PackageNotFoundError:
         what = f"missing {package.name}, which ships the data"
         raise LibraryMissingError(what, remedy=EXTRA) from None
-    return Path(str(distribution.locate_file(package.file)))
+    path = Path(str(distribution.locate_file(package.file)))
+    return Source(path, sha256, package.license)
 
 
-def _items(path: Path, row: Workload, content: bytes) -> list[Item]:
-    """The items of JSONL, which may be packed; WorkloadFileError names the line."""
-    items: list[Item] = []
-    keys, number = row.keys or Keys(prompt=""), 0
-    try:
-        text = _unpacked(content) if path.suffix == ".gz" else content
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                items.append(_item(keys, parse_json(line), number))
-    except (ValueError, LookupError, TypeError, EOFError, zlib.error) as error:
-        detail = first_problem(error) if isinstance(error, ValidationError) else f"{error!r}"
-        what = f"invalid data of a workload: line {number}: {detail}"
-        remedy = f"give JSONL with {', '.join(key for key in keys.model_dump().values() if key)}"
-        raise WorkloadFileError(what, where=path, remedy=remedy) from None
-    if not items or len({item.name for item in items}) < len(items):
-        problem = "two items have one name" if items else "it is empty"
-        what = f"invalid data of a workload: {problem}"
-        raise WorkloadFileError(what, where=path, remedy="give an item in each line")
-    return items
+def _items(content: bytes, keys: Keys) -> tuple[Item, ...]:
+    """The items of JSONL; ValueError."""
+    rows = parse_lines(content, lambda row: _item(keys, row))
+    items = [item if item.name else replace(item, name=f"{n}") for n, item in enumerate(rows, 1)]
+    if len({item.name for item in items}) < len(items):
+        raise ValueError("two items have one name")
+    if not items:
+        raise ValueError("it is empty")
+    return tuple(items)
 
 
-def _unpacked(content: bytes) -> bytes:
-    unpacker = zlib.decompressobj(wbits=31)
-    text = unpacker.decompress(content, LARGEST_ROWS)
-    if unpacker.unconsumed_tail or not unpacker.eof:
-        raise ValueError(f"not one gzip member of at most {LARGEST_ROWS} bytes")
-    return text
-
-
-def _item(keys: Keys, row: dict[str, Any], number: int) -> Item:
+def _item(keys: Keys, row: dict[str, Any]) -> Item:
     parts = {part: row[key] for part, key in keys.model_dump().items() if key}
-    name = printable(str(parts.pop("item", number)))
+    name = printable(str(parts.pop("item", "")))
     parts = {part: str(value) if isinstance(value, int) else value for part, value in parts.items()}
     if wrong := [part for part, value in parts.items() if not isinstance(value, str)]:
         raise ValueError(f"{wrong[0]} is not a text")

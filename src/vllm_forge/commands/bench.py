@@ -5,8 +5,10 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllm_forge.commands.parsers import (
     JSON,
@@ -17,6 +19,7 @@ from vllm_forge.commands.parsers import (
     command,
     count,
     group,
+    option,
     positive,
     positive_count,
     print_json,
@@ -25,19 +28,26 @@ from vllm_forge.host import PlainConsole, console, suggestion
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
+    from vllm_forge.bench.results import Setup
     from vllm_forge.bench.workloads import Loaded
+    from vllm_forge.serve.deployment import Deployment
 
 HELP = "measure servers, score answers, compare images; judge published figures; time a build"
+LIBRARIES = ("scipy", "matplotlib", "aiohttp")  # of the extra
+URL = option("--url", required=True, help="http://HOST:PORT")
+OUTPUT = option("--output", type=Path, required=True, help="the record")
+RECORD = option("result", type=Path, metavar="RECORD", help="of one arm")
+Call: TypeAlias = Callable[[Project, argparse.Namespace], None]
 CARD_HEAD = ["figure", "arms", "needs", "minutes", "state"]
 PLAN_HEAD = ["gate", "margin", "of", "needs", "minutes", "decides"]
 
 
 def register(choices: Commands) -> None:
     bench = group(choices, "bench", help=HELP)
-    one = command(bench, "claims", claims, JSON, packaged=True)
+    one = _command(bench, "claims", claims, JSON, packaged=True)
     one.add_argument("card", type=Path, nargs="?", metavar="CLAIMS.toml",
                      help="figures of another card, whose verdicts are printed only")  # fmt: skip
-    one = command(bench, "plan", plan, JSON, packaged=True)
+    one = _command(bench, "plan", plan, JSON, packaged=True)
     one.add_argument("--card", action="store_true", help="what the card's undecided figures need")
     for name, text in (("start", "a server's start"), ("run", "one measured window")):
         one.add_argument(f"--{name}-seconds", type=positive, help=f"of {text}, for the minutes")
@@ -46,33 +56,29 @@ def register(choices: Commands) -> None:
         help="by which a start varies, e.g. 0.03; repeatable",
     )  # fmt: skip
     _register_servers(bench)
-    one = command(bench, "quality", quality, SKU, LINE)
+    one = _command(bench, "quality", quality, SKU, LINE, URL, OUTPUT)
     _record_options(one)
-    one.add_argument("--url", required=True, help="http://HOST:PORT")
     one.add_argument("--order", type=count, default=0, help="among all arms' starts (0)")
     _workload_options(one)
-    # Of `arms.arm_of`; the workload has its own.
-    one.set_defaults(max_tokens=1, ignore_eos=False, thinking=False, prefix_cache=True)
-    one = command(bench, "score", score, packaged=True)
+    one = _command(bench, "score", score, OUTPUT, packaged=True)
     one.add_argument("answers", type=Path, metavar="ANSWERS", help="of one start of a session")
-    one.add_argument("--output", type=Path, required=True, help="the record")
     _workload_options(one)
-    one = command(bench, "workload", workload, packaged=True)
+    one = _command(bench, "workload", workload, packaged=True)
     _workload_options(one)
     one.add_argument("--output", type=Path, required=True, help="prompts, for `bench serve`")
-    one = command(bench, "import", import_answers, SKU, LINE)
+    one = _command(bench, "import", import_answers, SKU, LINE, OUTPUT)
     _arm_options(one)
     one.add_argument("--answers", type=Path, required=True, help="JSONL, see docs/operate/bench.md")
-    one = command(bench, "gate", gate, JSON, packaged=True)
+    one = _command(bench, "gate", gate, JSON, packaged=True)
     one.add_argument("reference", type=Path, help="record of the arm to compare with")
     one.add_argument("candidate", type=Path, help="record of the arm to judge")
     one.add_argument("--repeat", type=Path, help="the reference, measured again: the noise floor")
     one.add_argument("--signed", action="store_true", help="refuse results without a signature")
     one.add_argument("--gate", action="append", help="of matrix.toml, repeatable (default: all)")
-    one = command(bench, "report", report_results, packaged=True)
+    one = _command(bench, "report", report_results, packaged=True)
     one.add_argument("results", type=Path, nargs="+", metavar="RECORD", help="of one or more arms")
     one.add_argument("--output", type=Path, required=True, help="folder that is written")
-    one = command(bench, "keep", keep)
+    one = _command(bench, "keep", keep)
     one.add_argument("sessions", type=Path, nargs="+", metavar="FOLDER", help="output of a session")
     _register_exchange(bench)
     one = command(bench, "build", build, LINE)
@@ -83,14 +89,13 @@ def register(choices: Commands) -> None:
 
 def _register_servers(bench: Commands) -> None:
     """Servers that are up, and servers that are started."""
-    one = command(bench, "serve", serve, SKU, LINE)
+    one = _command(bench, "serve", serve, SKU, LINE, URL, OUTPUT)
     _arm_options(one)
-    one.add_argument("--url", required=True, help="http://HOST:PORT")
     one.add_argument("--caches", type=Path, action="append", required=True, metavar="DIR",
                      help="the server's /cache, to see what it compiles; repeatable")  # fmt: skip
     one.add_argument("--order", type=count, required=True, help="among all arms' starts: 0, 1, ...")
     one.add_argument("--warm", type=count, default=8, help="prompts that only warm up (8)")
-    one = command(bench, "run", run, SKU, LINE)
+    one = _command(bench, "run", run, SKU, LINE)
     one.add_argument(
         "session", type=Path, metavar="SESSION", help="TOML, see docs/operate/bench-sessions.md"
     )
@@ -103,16 +108,13 @@ def _register_servers(bench: Commands) -> None:
 
 def _register_exchange(bench: Commands) -> None:
     """Results for others, and of other tools."""
-    one = command(bench, "sign", sign, packaged=True)
-    one.add_argument("result", type=Path, metavar="RECORD", help="of one arm")
+    one = _command(bench, "sign", sign, RECORD, packaged=True)
     one.add_argument("--key", type=Path, required=True, help="private key (PEM) that signs")
-    one = command(bench, "export", export, packaged=True)
-    one.add_argument("result", type=Path, metavar="RECORD", help="of one arm")
+    one = _command(bench, "export", export, RECORD, packaged=True)
     one.add_argument("--format", choices=["vllm", "pytorch"], required=True,
                      help="of `vllm bench serve`, or PyTorch's benchmark records")  # fmt: skip
     one.add_argument("--start", type=count, default=0, help="of the record, for vllm: 0, 1, ...")
-    one = command(bench, "crosscheck", crosscheck, JSON, packaged=True)
-    one.add_argument("result", type=Path, metavar="RECORD", help="of one arm")
+    one = _command(bench, "crosscheck", crosscheck, JSON, RECORD, packaged=True)
     one.add_argument(
         "other", type=Path, metavar="OTHER", help="JSON of `vllm bench serve` or `guidellm run`"
     )
@@ -131,7 +133,7 @@ def _workload_options(one: Parser) -> None:
 
 
 def _record_options(one: Parser) -> None:
-    """What is measured, and where it is written."""
+    """What is measured."""
     for name, text in (
         ("preset", "that the server was started with"),
         ("arm", "name of what is measured"),
@@ -141,11 +143,8 @@ def _record_options(one: Parser) -> None:
     one.add_argument("--artifact", help="default: the preset's first")
     text = "what the session's arms differ in on purpose; the same in all"
     one.add_argument("--differs", choices=["gpus", "kernels"], action="append", help=text)
-    for name, text in (
-        ("checkpoint", "folder of the served model: its tokenizer and template are hashed"),
-        ("output", "the record"),
-    ):
-        one.add_argument(f"--{name}", type=Path, required=True, help=text)
+    text = "folder of the served model: its tokenizer and template are hashed"
+    one.add_argument("--checkpoint", type=Path, required=True, help=text)
     one.add_argument("--concurrency", type=positive_count, default=8, help="requests at a time (8)")
 
 
@@ -171,9 +170,19 @@ def require_libraries(*libraries: str) -> None:
         raise LibraryMissingError(what, where=sys.prefix, remedy=EXTRA)
 
 
+def _command(bench: Commands, name: str, call: Call, *parents: Parser, **settings: bool) -> Parser:
+    """A command that needs the libraries of benchmarks."""
+
+    @wraps(call)
+    def checked(project: Project, args: argparse.Namespace) -> None:
+        require_libraries(*LIBRARIES)
+        call(project, args)
+
+    return command(bench, name, checked, *parents, **settings)
+
+
 def claims(project: Project, args: argparse.Namespace) -> None:
     """Judge the figures of a model card; of the project's, write record, chart and page."""
-    require_libraries("scipy", "matplotlib")
     from vllm_forge.bench.claims import CLAIMS
     from vllm_forge.bench.verdicts import judge
     from vllm_forge.pages.claims import PAGE, claims_table, summary
@@ -205,20 +214,17 @@ def _write_claims(project: Project, record: dict[str, Any]) -> None:
 
 def _draw_published(project: Project) -> None:
     """Chart what kept sessions measured of what was published."""
-    from vllm_forge.bench import plots
-    from vllm_forge.bench.arms import published
-    from vllm_forge.bench.results import read_arm
+    from vllm_forge.bench import arms, plots, results
     from vllm_forge.host.files import write_whole
     from vllm_forge.pages.sessions import CHART, SESSIONS
 
     paths = sorted((project.root / SESSIONS).glob("*/*-c*[0-9].json"))
-    rows = list(published(project, [read_arm(path) for path in paths]))
+    rows = list(arms.published(project, [results.read_arm(path) for path in paths]))
     write_whole(project.root / CHART, plots.published(rows))
 
 
 def plan(project: Project, args: argparse.Namespace) -> None:
     """Say how many items, prompts and server starts the gates need, and what they cannot decide."""
-    require_libraries("scipy")
     from vllm_forge.bench import plan as plans
     from vllm_forge.bench.claims import CLAIMS, read_claims
     from vllm_forge.pages.claims import RECORD
@@ -245,20 +251,19 @@ def plan(project: Project, args: argparse.Namespace) -> None:
 
 def serve(project: Project, args: argparse.Namespace) -> None:
     """Measure one start of a server that is up, and add it to a record."""
-    require_libraries("scipy", "aiohttp")
-    from vllm_forge.bench import measure
-    from vllm_forge.bench.arms import arm_of
+    from vllm_forge.bench import arms, measure
     from vllm_forge.host import HostProbe
 
-    prompts, prompts_sha256 = measure.read_workload(args.workload)
-    deployment, arm = arm_of(project, HostProbe(), args, prompts_sha256)
+    prompts, digest = measure.read_workload(args.workload)
+    asked = arms.asked_by(args)
+    deployment, setup = arms.arm_of(project, HostProbe(), args, digest, asked)
     if not args.warm < len(prompts):
         args.parser.error(f"invalid --warm {args.warm}: the workload has {len(prompts)} prompts")
     start, rows = measure.measure(
-        args.url.rstrip("/"), deployment.artifact.repo, arm, prompts, warm=args.warm,
-        order=args.order, caches=args.caches,
+        args.url.rstrip("/"), deployment.artifact.repo, setup, prompts, warm=args.warm,
+        order=args.order, caches=args.caches, probe=HostProbe(),
     )  # fmt: skip
-    measure.add_start(args.output, arm, start, rows)
+    measure.add_start(args.output, setup, start, rows)
     tokens = sum(row.output_tokens for row in rows)
     seconds = start.window.seconds if start.window else 0
     print(f"{args.output}: start {args.order}, {tokens} tokens in {seconds:.1f} s")
@@ -266,21 +271,17 @@ def serve(project: Project, args: argparse.Namespace) -> None:
 
 def run(project: Project, args: argparse.Namespace) -> None:
     """Start the servers of a session in turns, and measure each; go on after the last start."""
-    require_libraries("scipy", "aiohttp")
-    from vllm_forge.bench.arms import plan_of
-    from vllm_forge.bench.session import write_plan
-    from vllm_forge.bench.turns import result_paths, run_plan
+    from vllm_forge.bench import arms, session, turns
     from vllm_forge.host import HostProbe
 
     cell, caches = project.cell(args.sku, args.line), args.caches.resolve()
-    plan, workload = plan_of(
+    plan, workload = arms.plan_of(
         project, HostProbe(), cell, args.session, caches=caches, engine=args.engine
     )
-    write_plan(plan, args.output, workload)
-    run_plan(args.output, args.output, retry=args.retry)
-    concurrency = [conditions.concurrency for conditions in plan.conditions]
-    quality = plan.quality is not None
-    for path in result_paths(args.output, plan.turns, concurrency, quality=quality):
+    session.write_plan(plan, args.output, workload)
+    turns.run_plan(args.output, args.output, retry=args.retry)
+    levels = [conditions.concurrency for conditions in plan.conditions]
+    for path in turns.result_paths(args.output, plan.turns, levels, quality=bool(plan.quality)):
         print(path)
 
 
@@ -298,26 +299,26 @@ def _load(args: argparse.Namespace) -> "Loaded":
 
 def quality(project: Project, args: argparse.Namespace) -> None:
     """Ask a server that is up the questions of a workload, and score the answers."""
-    require_libraries("scipy", "aiohttp")
-    from vllm_forge.bench.arms import arm_of
-    from vllm_forge.bench.quality import measure_quality, summary
+    from vllm_forge.bench import arms, quality
     from vllm_forge.host import HostProbe
 
     loaded = _load(args)
     if loaded.row.scorer == "none":
         args.parser.error(f"workload {loaded.name} has no right answers: use `bench serve`")
-    deployment, _ = arm_of(project, HostProbe(), args, loaded.digest)
-    rows = measure_quality(
-        args.url.rstrip("/"), deployment.artifact.repo, loaded,
-        lambda: loaded.asked(arm_of(project, HostProbe(), args, loaded.digest)[1]), args.output,
-        order=args.order,
-    )  # fmt: skip
-    print(f"{args.output}: start {args.order}: {summary(rows)}")
+
+    def arm() -> "tuple[Deployment, Setup]":
+        asked = {**loaded.asked(), "ignore_eos": False}
+        return arms.arm_of(project, HostProbe(), args, loaded.digest, asked)
+
+    url, model = args.url.rstrip("/"), arm()[0].artifact.repo
+    rows = quality.measure_quality(
+        url, model, loaded, lambda: arm()[1], args.output, order=args.order
+    )
+    print(f"{args.output}: start {args.order}: {quality.summary(rows)}")
 
 
 def score(_: Project, args: argparse.Namespace) -> None:
     """Score the answers that a session kept, and add their start to a record."""
-    require_libraries("scipy", "aiohttp")
     from vllm_forge.bench.quality import score_answers, summary
 
     rows = score_answers(args.answers, _load(args), args.output)
@@ -326,7 +327,6 @@ def score(_: Project, args: argparse.Namespace) -> None:
 
 def workload(_: Project, args: argparse.Namespace) -> None:
     """Write the prompts of a workload, for `bench serve`."""
-    require_libraries("scipy", "aiohttp")
     from vllm_forge.bench.workloads import lines
     from vllm_forge.host.files import write_whole
 
@@ -342,27 +342,20 @@ def workload(_: Project, args: argparse.Namespace) -> None:
 
 def import_answers(project: Project, args: argparse.Namespace) -> None:
     """Make a record of scored answers of another harness, to be judged by `bench gate`."""
-    require_libraries("scipy", "aiohttp")
-    from vllm_forge.bench import measure
-    from vllm_forge.bench.arms import arm_of
-    from vllm_forge.bench.results import Start, write_arm
-    from vllm_forge.bench.validity import require_valid
+    from vllm_forge.bench import arms, measure, results, validity
     from vllm_forge.host import HostProbe
 
-    prompts, prompts_sha256 = measure.read_workload(args.workload)
+    prompts, digest = measure.read_workload(args.workload)
     rows = measure.read_answers(args.answers, {prompt.item for prompt in prompts})
-    _, arm = arm_of(project, HostProbe(), args, prompts_sha256)
-    write_arm(args.output, {**arm, "starts": [Start(order=0)]}, rows, check=require_valid)
+    _, setup = arms.arm_of(project, HostProbe(), args, digest, arms.asked_by(args))
+    start = results.Start(order=0)
+    results.write_arm(args.output, setup, [start], rows, check=validity.require_valid)
     print(f"{args.output}: {len(rows)} answers")
 
 
 def gate(project: Project, args: argparse.Namespace) -> None:
     """Compare two results: pass (exit 0), fail (121) or undecided (122)."""
-    require_libraries("scipy")
-    from vllm_forge.bench.gate import gate as compare
-    from vllm_forge.bench.gate import require_pass
-    from vllm_forge.bench.results import read_arm
-    from vllm_forge.bench.validity import intended
+    from vllm_forge.bench import gate, results, validity
     from vllm_forge.pages.markdown import terminal_table
 
     gates = project.matrix.gate
@@ -370,27 +363,26 @@ def gate(project: Project, args: argparse.Namespace) -> None:
         if name not in gates:
             args.parser.error(f"unknown gate {name!r}{suggestion(name, gates)}")
     chosen = {name: row for name, row in gates.items() if name in (args.gate or gates)}
-    paths = [path for path in (args.reference, args.candidate, args.repeat) if path is not None]
-    arms = [read_arm(path) for path in paths]
+    named = {name: getattr(args, name) for name in ("reference", "candidate", "repeat")}
+    arms = {name: results.read_arm(path) for name, path in named.items() if path is not None}
     if args.signed:
         from vllm_forge.bench.signed import require_signed
         from vllm_forge.signing import read_keyring
 
-        for arm in arms:
+        for arm in arms.values():
             signer = require_signed(arm, read_keyring(project.root))
             console.print(f"{arm.path}: signed by {signer}", markup=False)
-    outcomes = compare(chosen, *arms)
-    names = dict(zip(("reference", "candidate", "repeat"), arms, strict=False))
-    differs = intended(arms[0], arms[1])
+    outcomes = gate.gate(chosen, **arms)
+    differs = validity.intended(arms["reference"], arms["candidate"])
     if args.json:
         images = {
-            name: {"image": arm.result.server.image, "claimed": arm.result.server.claimed}
-            for name, arm in names.items()
+            name: {key: getattr(arm.result.server, key) for key in ("image", "claimed")}
+            for name, arm in arms.items()
         }
         gated = [row.as_json() for row in outcomes]
         print_json(args, {"arms": images, "differs": differs, "gates": gated})
     else:
-        for name, arm in names.items():
+        for name, arm in arms.items():
             console.print(f"{name}: image {arm.result.server.seen}", markup=False)
         for text in differs:
             console.print(f"the arms differ in {text}", markup=False)
@@ -398,36 +390,34 @@ def gate(project: Project, args: argparse.Namespace) -> None:
             [row.gate, f"{100 * row.margin:g} {row.unit}", row.word, row.reason] for row in outcomes
         ]
         PlainConsole().print(terminal_table(["gate", "margin", "verdict", "why"], rows))
-    require_pass(outcomes)
+    gate.require_pass(outcomes)
 
 
 def report_results(project: Project, args: argparse.Namespace) -> None:
     """Write tables and charts of results, and of the arms of each session compared."""
-    require_libraries("scipy", "matplotlib")
-    from vllm_forge.bench.report import PAGE, report, require_replaceable, write_report
-    from vllm_forge.bench.results import read_arm
+    from vllm_forge.bench import report, results
     from vllm_forge.host import atomic_path
     from vllm_forge.pages.sessions import report_text
 
-    require_replaceable(args.output)
-    document, charts = report([read_arm(path) for path in args.results], project.matrix.gate)
+    report.require_replaceable(args.output)
+    arms = [results.read_arm(path) for path in args.results]
+    document, charts = report.report(arms, project.matrix.gate)
     with atomic_path(args.output) as folder:
         folder.mkdir()
-        write_report(folder, document, charts)
+        report.write_report(folder, document, charts)
         text = report_text({**document, "charts": list(charts)})
-        (folder / PAGE).write_text(f"# Results\n\n{text}\n", encoding="utf-8")
-    print(args.output / PAGE)
+        (folder / report.PAGE).write_text(f"# Results\n\n{text}\n", encoding="utf-8")
+    print(args.output / report.PAGE)
 
 
 def keep(project: Project, args: argparse.Namespace) -> None:
     """Keep the results of sessions in the checkout, with their report; write the page of them."""
-    require_libraries("scipy", "matplotlib")
-    from vllm_forge.bench.report import keep as keep_session
+    from vllm_forge.bench import report
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.pages.sessions import PAGE, SESSIONS
 
     for folder in args.sessions:
-        print(keep_session(folder, project.root / SESSIONS, project.matrix.gate))
+        print(report.keep(folder, project.root / SESSIONS, project.matrix.gate))
     _draw_published(project)
     write_pages(project, PAGE)
     print(project.root / PAGE)
@@ -435,59 +425,39 @@ def keep(project: Project, args: argparse.Namespace) -> None:
 
 def sign(_: Project, args: argparse.Namespace) -> None:
     """Sign a result; its signature is a Sigstore bundle beside it."""
-    require_libraries("scipy")
-    from vllm_forge.bench.results import read_arm
     from vllm_forge.bench.signed import sign_result
-    from vllm_forge.bench.validity import require_valid
+    from vllm_forge.bench.validity import read_valid
     from vllm_forge.signing import load_private
 
-    arm = read_arm(args.result)
-    require_valid(arm)
-    print(sign_result(arm, load_private(args.key)))
+    print(sign_result(read_valid(args.result), load_private(args.key)))
 
 
 def export(_: Project, args: argparse.Namespace) -> None:
     """Print a result in the form of another tool, as JSON."""
-    require_libraries("scipy")
-    from vllm_forge.bench.exchange import pytorch_records, vllm_document
-    from vllm_forge.bench.results import read_arm
-    from vllm_forge.bench.validity import require_valid
+    from vllm_forge.bench import exchange, validity
 
-    arm = read_arm(args.result)
-    require_valid(arm)
-    if args.start >= len(arm.result.starts):
-        args.parser.error(
-            f"invalid --start {args.start}: the record has {len(arm.result.starts)} starts"
-        )
+    arm = validity.read_valid(args.result)
+    if args.start >= (starts := len(arm.result.starts)):
+        args.parser.error(f"invalid --start {args.start}: the record has {starts} starts")
     vllm = args.format == "vllm"
-    print(json.dumps(vllm_document(arm, args.start) if vllm else pytorch_records(arm), indent=1))
+    text = exchange.vllm_document(arm, args.start) if vllm else exchange.pytorch_records(arm)
+    print(json.dumps(text, indent=1))
 
 
 def crosscheck(_: Project, args: argparse.Namespace) -> None:
     """Compare a result with what another tool measured of the same server and prompts."""
-    require_libraries("scipy")
-    from vllm_forge.bench import exchange
-    from vllm_forge.bench.results import read_arm
-    from vllm_forge.bench.validity import require_valid
+    from vllm_forge.bench import exchange, validity
     from vllm_forge.host import write_json
     from vllm_forge.pages.markdown import terminal_table
+    from vllm_forge.pages.sessions import CHECK_HEAD, check_cells
 
-    arm = read_arm(args.result)
-    require_valid(arm)
-    record = exchange.crosscheck(arm, args.other)
+    record = exchange.crosscheck(validity.read_valid(args.result), args.other)
     if args.output:
         write_json(args.output, record)
     if args.json:
         print_json(args, record)
     else:
-        words = {True: "yes", False: "no", None: "unknown"}
-        rows = [
-            [row["figure"], *(f"{row[key]:.6g}" for key in ("own", "other", "difference")),
-             "unknown" if row["bound"] is None else f"{row['bound']:.3g}", words[row["agrees"]]]
-            for row in record["rows"]
-        ]  # fmt: skip
-        head = ["figure", "record", record["tool"], "difference", "bound", "agrees"]
-        PlainConsole().print(terminal_table(head, rows))
+        PlainConsole().print(terminal_table(CHECK_HEAD, check_cells(record)))
     exchange.require_agreement(record)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_forge.bench.session import read_session, turns_of
+from vllm_forge.bench.session import read_session
 from vllm_forge.bench.turns import result_paths
 from vllm_forge.dispatch.site import Site
 from vllm_forge.gputest.kit import session_command
@@ -100,9 +100,7 @@ def session_work(path: Path, minutes: int) -> Work:
     """A session of a benchmark, on a node of its own; SessionFileError: it cannot be read."""
     session = read_session(path)
     quality = session.quality is not None
-    files = result_paths(
-        Path(session.session), turns_of(session), session.concurrency, quality=quality
-    )
+    files = result_paths(Path(session.session), session.turns, session.concurrency, quality=quality)
     suffixes = (".jsonl",) if quality else (".json", ".jsonl.gz")  # a record, and its rows
     gpus = max(parallel(row.command).gpus for row in session.arm.values())
     return Work(

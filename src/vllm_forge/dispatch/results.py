@@ -127,7 +127,7 @@ def _require_image(spec: JobSpec, local: Path) -> None:
                 require_valid(arm)
                 image = arm.result.server.image
             elif name.endswith(".jsonl"):
-                image = read_answers(local / name)[0].header.image
+                image = read_answers(local / name)[0].header.arm.server.image
             else:  # rows, which the record names by their hash
                 continue
         except (ResultFileError, InvalidResultError) as error:

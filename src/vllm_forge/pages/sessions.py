@@ -11,6 +11,7 @@ from vllm_forge.project import Project
 SESSIONS = "records/bench/sessions"
 PAGE = "docs/generated/benchmarks.md"
 REPORT = "report.json"
+CHECK_HEAD = ["figure", "record", "other", "difference", "its bound", "agrees"]
 CHART = "records/bench/published.svg"
 
 
@@ -55,7 +56,8 @@ def report_text(document: Mapping[str, Any], charts: str = "") -> str:
         cells = [[a["order"], a["arm"], a["state"], escape(a["error"])] for a in attempts]
         parts += ["Starts that were not measured:", table(["start", "arm", "state", "why"], cells)]
     if check := document.get("crosscheck"):
-        parts += [f"Against {escape(check['tool'])}:", _crosscheck(check)]
+        cells = [[escape(name), *own] for name, *own in check_cells(check)]
+        parts += [f"Against {escape(check['tool'])}:", table(CHECK_HEAD, cells)]
     parts.append("\n".join(f"![{name}]({charts}{name}.svg)" for name in document["charts"]))
     return "\n\n".join(parts)
 
@@ -99,11 +101,11 @@ def _counters(results: list[dict[str, Any]]) -> Iterator[str]:
         yield table(["result", "start", "drafts", "accepted, by position"], cells)
 
 
-def _crosscheck(check: Mapping[str, Any]) -> str:
+def check_cells(check: Mapping[str, Any]) -> list[list[str]]:
+    """Of a table with ``CHECK_HEAD``."""
     words = {True: "yes", False: "no", None: "unknown"}
-    cells = [
-        [escape(row["figure"]), *(f"{row[key]:.6g}" for key in ("own", "other")),
+    return [
+        [row["figure"], *(f"{row[key]:.6g}" for key in ("own", "other", "difference")),
          "unknown" if row["bound"] is None else f"{row['bound']:.3g}", words[row["agrees"]]]
         for row in check["rows"]
     ]  # fmt: skip
-    return table(["figure", "record", "other", "bound of the difference", "agrees"], cells)

@@ -520,8 +520,8 @@ def test_number_of_a_record_must_be_one(key: str, value: object, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
-    [(b'"seconds":1.0', b'"seconds":NaN', "row 1: seconds: Input should be a finite number"),
-     (b'"seconds":1.0', b'"seconds":"1.0"', "row 1: seconds: Input should be a valid number"),
+    [(b'"seconds":1.0', b'"seconds":NaN', "line 1: seconds: Input should be a finite number"),
+     (b'"seconds":1.0', b'"seconds":"1.0"', "line 1: seconds: Input should be a valid number"),
      (b'"strict":true', b'"strict":"yes"', "scores.strict: Input should be a valid boolean"),
      (b'"ttft":0.1', b'"ttft":100.0', "the first token came after the last one")],
 )  # fmt: skip

@@ -22,7 +22,7 @@ from vllm_forge.bench.errors import (
 )
 from vllm_forge.bench.gate import Word, gate
 from vllm_forge.bench.quality import Answers, Header, answers_path, measure_quality, summary
-from vllm_forge.bench.results import Arm, Conditions, Row, Server, read_arm, write_arm
+from vllm_forge.bench.results import Arm, Conditions, Row, Server, Setup, read_arm, write_arm
 from vllm_forge.bench.scoring import score
 from vllm_forge.bench.workloads import Item, Loaded, load, read_workloads
 from vllm_forge.cli import main
@@ -48,12 +48,13 @@ def right(question: str) -> Reply:
     return Reply(f"word-{question.rsplit(maxsplit=1)[-1]}")
 
 
-def arm(image: str = IMAGE, loaded: Loaded | None = None) -> dict[str, Any]:
-    values = {**CONDITIONS, "concurrency": 2}
-    fields = {"arm": "a", "session": "s", "differs": (),
-              "conditions": Conditions.model_validate(values),
-              "server": Server.model_validate({**SERVER, "image": image})}  # fmt: skip
-    return (loaded or workload()).asked(fields)
+def arm(image: str = IMAGE, loaded: Loaded | None = None) -> Setup:
+    asked = (loaded or workload()).asked()
+    conditions = Conditions.model_validate({**CONDITIONS, "concurrency": 2, **asked})
+    return Setup(
+        arm="a", session="s", conditions=conditions,
+        server=Server.model_validate({**SERVER, "image": image}),
+    )  # fmt: skip
 
 
 def run(
@@ -234,7 +235,7 @@ def test_link_in_place_of_the_answers_is_refused(output: Path, tmp_path: Path) -
     with pytest.raises(ResultFileError, match="not a plain file"):
         run(right, output)
     answers_path(output, 0).unlink()
-    header = Header(model="m", license="l", arm={})
+    header = Header(model="m", license="l", arm=arm())
     answers_path(output, 0).symlink_to(other)
     with (
         pytest.raises(OSError, match="symbolic"),

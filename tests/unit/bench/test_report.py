@@ -153,7 +153,7 @@ def test_kept_session_has_a_page_of_its_verdicts(output: Path, tmp_path: Path) -
     assert re.search(r"acceptance, 1 pp \| pass \| -0\.12 pp \| below -1\.08 pp", page)
     assert "below +" in page  # the interval is above no difference
     assert "| 0 | plain | failed | the caches were cold \\| \\<b\\> |" in page
-    assert "| mean\\_ttft\\_ms | 1 | 2 | 0.5 | no |" in page  # whatever the file says
+    assert "| mean\\_ttft\\_ms | 1 | 2 | 1 | 0.5 | no |" in page  # whatever the file says
     charts = {path.name for path in final.glob("*.svg")}
     assert charts == {"starts.svg", "pareto.svg", "first-tokens.svg", "positions.svg",
                       "verdicts.svg"}  # fmt: skip

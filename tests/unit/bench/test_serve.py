@@ -26,7 +26,7 @@ from vllm_forge.bench.errors import (
     WorkloadFileError,
 )
 from vllm_forge.bench.measure import add_start, client_rate, measure, read_workload
-from vllm_forge.bench.results import Conditions, Drafts, Server, read_arm
+from vllm_forge.bench.results import Drafts, Setup, read_arm
 from vllm_forge.bench.summary import summarize
 from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
@@ -66,7 +66,7 @@ class StubProbe:
         return Reply(code=0, text=self.text)
 
 
-def arm(**conditions: object) -> dict[str, Any]:
+def arm(**conditions: object) -> Setup:
     values = {
         **CONDITIONS,
         "max_tokens": TOKENS,
@@ -76,8 +76,8 @@ def arm(**conditions: object) -> dict[str, Any]:
     }
     argv = ["vllm", "serve", '--speculative-config={"num_speculative_tokens": 2}']
     server = {**SERVER, "image": "sha256:" + "2" * 64, "argv": argv}
-    return {"arm": "a", "session": "s", "conditions": Conditions.model_validate(values),
-            "server": Server.model_validate(server)}  # fmt: skip
+    fields = {"arm": "a", "session": "s", "conditions": values, "server": server}
+    return Setup.model_validate(fields)
 
 
 def run(
@@ -85,10 +85,12 @@ def run(
     prompts: Sequence[Prompt] = PROMPTS,
 ) -> None:  # fmt: skip
     """Measure a start and add it; ``rate``: what the client does against a null server."""
-    start, rows = measure(
-        server.url, "model", arm(), prompts, warm=WARM, order=order, caches=[path.parent / "cache"],
-        client=lambda *_: rate,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_forge.bench.measure.client_rate", lambda *_: rate)
+        start, rows = measure(
+            server.url, "model", arm(), prompts, warm=WARM, order=order,
+            caches=[path.parent / "cache"], probe=StubProbe(GPUS),
+        )  # fmt: skip
     add_start(path, arm(), start, rows)
 
 
@@ -157,7 +159,7 @@ def test_counters_are_compared_with_the_prediction(off: int, output: Path) -> No
     (start,) = read_arm(output).result.starts
     assert start.window is not None
     assert start.window.predicted == Drafts(drafts=16, per_position=(16, 0))
-    assert start.window.after.since(start.window.before)["per_position"] == (16, 0)
+    assert start.window.change["per_position"] == (16, 0)
 
 
 @pytest.fixture
@@ -330,14 +332,14 @@ def test_claimed_image_is_shown_and_not_signed(
 
 @pytest.mark.parametrize(
     ("name", "answer"),
-    [("b300 is not built", ("built_digest", lambda _: None)),
-     ("no GPU is listed", ("listed_gpus", lambda _: ((), "nothing")))],
+    [("b300 is not built", (arms, "built_digest", lambda _: None)),
+     ("no GPU is listed: nothing", (host, "HostProbe", lambda: StubProbe("nothing")))],
 )  # fmt: skip
 def test_unknown_image_or_gpu_is_refused(
-    name: str, answer: tuple[str, object], command: list[str], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, answer: tuple[Any, str, object], command: list[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(arms, *answer)
+    monkeypatch.setattr(*answer)
     assert main([*command, "--url=http://127.0.0.1:9"]) == ArmUnknownError.exit_code
     assert name in capsys.readouterr().err
 
@@ -432,13 +434,13 @@ def test_start_of_other_conditions_is_not_added(output: Path) -> None:
     with BenchServer() as server:
         run(server, output)
         start, rows = measure(server.url, "m", arm(), PROMPTS, warm=WARM, order=1, caches=[],
-                              client=lambda *_: 1e12)  # fmt: skip
+                              probe=StubProbe(GPUS))  # fmt: skip
     with pytest.raises(InvalidResultError, match="another conditions"):
         add_start(output, arm(concurrency=4), start, rows)
 
 
 def test_client_is_tested_against_a_null_server() -> None:
-    assert client_rate(arm(), PROMPTS) > 0
+    assert client_rate(arm().conditions, PROMPTS) > 0
 
 
 def test_server_that_does_not_answer_is_named() -> None:

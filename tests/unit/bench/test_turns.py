@@ -32,7 +32,6 @@ from vllm_forge.bench.session import (
     Plan,
     Session,
     read_plan,
-    turns_of,
 )
 from vllm_forge.bench.turns import JOURNAL, record_path, run_plan
 from vllm_forge.cli import main
@@ -62,6 +61,7 @@ class StubProbe:
 @pytest.fixture
 def free_port(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(turns, "POLL_S", 0.02)
+    monkeypatch.setattr(measure, "client_rate", lambda *_: 1e12)
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         return int(place.getsockname()[1])
@@ -89,9 +89,10 @@ def planned(tmp_path: Path, free_port: int) -> Callable[..., Path]:
             })
             for name in session.arm
         }  # fmt: skip
+        asked = arms.asked_by(session)
         plan = Plan(
-            session="s", turns=turns_of(session), arms=launches, workload="texts.jsonl", warm=1,
-            conditions=[arms.conditions_of(session, folder / "texts.jsonl", c, digest, tmp_path)
+            session="s", turns=session.turns, arms=launches, workload="texts.jsonl", warm=1,
+            conditions=[arms.conditions_of(asked, folder / "texts.jsonl", c, digest, tmp_path)
                         for c in (1, 2)],
             port=free_port, ready_s=30, caches=(str(tmp_path / "caches"),),
         )  # fmt: skip
@@ -103,7 +104,7 @@ def planned(tmp_path: Path, free_port: int) -> Callable[..., Path]:
 
 def run(folder: Path, *, retry: bool = False) -> Path:
     output = folder.parent / "output"
-    run_plan(folder, output, retry=retry, probe=StubProbe(), client=lambda *_: 1e12)
+    run_plan(folder, output, retry=retry, probe=StubProbe())
     return output
 
 
@@ -114,7 +115,7 @@ def attempts(output: Path) -> list[tuple[int, str, str]]:
 
 def test_turns_are_abba() -> None:
     arms = {"arm": {"a": ROW, "b": ROW, "c": ROW}, "starts": 4}
-    assert "".join(turns_of(Session.model_validate({**SESSION, **arms}))) == "abccbaabccba"
+    assert "".join(Session.model_validate({**SESSION, **arms}).turns) == "abccbaabccba"
 
 
 def test_each_start_has_a_server_of_its_own(
@@ -363,7 +364,6 @@ def host(root: Path, planned: Callable[..., Path], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(arms, "choose_gpus", lambda *_: ())
     monkeypatch.setattr("vllm_forge.host.HostProbe", StubProbe)
     monkeypatch.setattr(turns, "HostProbe", StubProbe)
-    monkeypatch.setattr("vllm_forge.bench.measure.client_rate", lambda *_: 1e12)
     folder = planned()
     (folder / PLAN).unlink()
     return folder

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.bench import rows_of, write_result
+from tests.support.bench import CONDITIONS, SERVER, rows_of, write_result
 from tests.support.site import HEX, JOB
-from vllm_forge.bench.quality import header_of
-from vllm_forge.bench.results import read_arm
+from vllm_forge.bench.quality import Header
+from vllm_forge.bench.results import Setup, read_arm
 from vllm_forge.dispatch.errors import JobsFaultError, JobsRedError, JobsUndecidedError
 from vllm_forge.dispatch.results import Outcome, State, judge, require_green
 from vllm_forge.host.files import file_digest
@@ -169,7 +169,9 @@ def test_answers_of_a_session_are_of_the_image(job: Job, case: str) -> None:
     name = "december/mtp-c2.answers-0.jsonl"
     path = job.output / name
     path.parent.mkdir()
-    header = header_of("m", "CC0", {"arm": "mtp", "server": {"image": image}})
+    server = {**SERVER, "image": image}
+    setup = {"arm": "mtp", "session": "s", "conditions": CONDITIONS, "server": server}
+    header = Header(model="m", license="CC0", arm=Setup.model_validate(setup))
     path.write_text(f"{header.model_dump_json()}\n{more}")
     spec = JOB.model_copy(update={"session": True, "artifacts": (name,)})
     marker = job.marker | {"files": {name: file_digest(path)}}

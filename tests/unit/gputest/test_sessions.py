@@ -121,13 +121,14 @@ def test_sessions_of_the_checkout_run_to_their_end(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setattr(turns, "POLL_S", 0.02)
+    monkeypatch.setattr("vllm_forge.bench.measure.client_rate", lambda *_: 1e12)
     folder = bundle_of(root, tmp_path, suite_plan, paths) / "bench"
     for path in folder.glob(f"*/{PLAN}"):  # /cache is the image's
         path.write_text(path.read_text().replace('"/cache/', f'"{tmp_path}/cache/'))
     output = tmp_path / "out"
 
     def run(name: str) -> None:
-        turns.run_plan(folder / name, output / name, probe=StubProbe(), client=lambda *_: 1e12)
+        turns.run_plan(folder / name, output / name, probe=StubProbe())
 
     if fault:
         with pytest.raises(InvalidResultError, match=r"counted, .* predicted"):
@@ -150,7 +151,7 @@ def test_sessions_of_the_checkout_run_to_their_end(
     assert {arm.result.server.image for arm in arms.values()} == {f"sha256:{SUBJECT}"}
     (start,) = arms["exact-c4"].result.starts
     assert start.window is not None and start.window.predicted is not None
-    change = start.window.after.since(start.window.before)
+    change = start.window.change
     assert change["per_position"] == start.window.predicted.per_position
     assert 0 < change["per_position"][1] <= change["per_position"][0] < change["drafts"]
     asked = (tmp_path / "bench").read_text()
