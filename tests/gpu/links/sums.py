@@ -42,9 +42,10 @@ def run(link: str, backend: str, work: Path) -> Summed:
 
     def one(rank: int) -> str:
         argv = [sys.executable, "-m", shards.JOB, str(folder), str(rank), str(count), backend]
-        log = folder / f"{rank}.log"
-        processes.run(argv, log, env, limits.limit("shards"))
-        return log.read_text(errors="replace")
+        log, nccl = folder / f"{rank}.log", folder / f"{rank}.nccl"
+        # NCCL flushes lines to a file of its own; what it prints is lost with the rank's _exit.
+        processes.run(argv, log, {**env, "NCCL_DEBUG_FILE": str(nccl)}, limits.limit("shards"))
+        return "".join(path.read_text(errors="replace") for path in (log, nccl) if path.exists())
 
     with ThreadPoolExecutor(count) as pool:
         logs = list(pool.map(one, range(count)))

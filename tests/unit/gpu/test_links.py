@@ -82,7 +82,8 @@ from pathlib import Path
 folder, rank, count, backend = sys.argv[1:]
 assert count == "4" and backend == "MARLIN" and os.environ["NCCL_DEBUG"] == "INFO"
 carrier = "SHM/direct/direct" if os.environ.get("NCCL_P2P_DISABLE") == "1" else "P2P/CUMEM"
-print(f"Channel 00 : {rank}[{rank}] -> 0[0] via {carrier}")
+log = os.environ.get("NCCL_DEBUG_FILE")  # what NCCL prints elsewhere may be lost
+print(f"Channel 00 : {rank}[{rank}] -> 0[0] via {carrier}", file=open(log or os.devnull, "w", 1))
 if rank == "3":
     import numpy
     for name in os.environ["WRITTEN"].split():
