@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tests.support.flashinfer import GLOB
 from vllm_forge.host import Runner, atomic_path
-from vllm_forge.images import BuildOptions, build_image, plan, resolve, rootfs, wheel_layers
+from vllm_forge.images import (
+    BuildOptions,
+    build_image,
+    compile_sources,
+    plan,
+    resolve,
+    rootfs,
+    wheel_layers,
+)
+from vllm_forge.images.bytecode import COMPILER
 from vllm_forge.images.checks import check_names
 from vllm_forge.images.engines import SystemOutput
 from vllm_forge.images.plan import ImagePlan
@@ -37,8 +46,9 @@ if TYPE_CHECKING:
     from tests.support.project import Project as MiniProject
     from vllm_forge.images.engines import ContainerRun, Engine
     from vllm_forge.images.layout import Image
+    from vllm_forge.images.prewarm import Prewarm
 
-OUTSIDE = {"packages", "tree", "stack", "hygiene", "system", "wheel-files"}  # of the layers
+OUTSIDE = {"packages", "tree", "stack", "hygiene", "system", "wheel-files", "bytecode"}
 COMPILED = b"bytecode of the checks"
 WRITING = threading.Lock()
 STATUS = b"Package: python3\nStatus: install ok installed\nVersion: 3.13.5-1\n"
@@ -52,6 +62,21 @@ def write_tar(path: Path, files: Mapping[str, bytes]) -> str:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def compile_module(run: ContainerRun, foreign: bytes) -> str:
+    """What ``compile_sources`` does, of one source of the image."""
+    assert run.output is not None
+    module, script = f"{run.argv[-1]}/vllm/__init__.py", run.inputs / COMPILER.name
+    assert f"/mnt/{COMPILER.name}" in run.argv and script.read_bytes() == COMPILER.read_bytes()
+    source = next(path for folder in run.lower_dirs if (path := folder / module[1:]).exists())
+    aside = run.output / "module.py"
+    aside.write_bytes(foreign or source.read_bytes())
+    name = f"{module[1:].rpartition('/')[0]}/__pycache__/__init__.cpython-313.pyc"
+    content = compile_sources.compiled(str(aside))
+    assert content is not None
+    write_tar(run.output / compile_sources.NAME, {name: content})
+    return ""
 
 
 class FastRunner(Runner):
@@ -72,9 +97,12 @@ class FastEngine:
     tools: tuple[str, ...] = ()
     reads_plain_layers = True
 
-    def __init__(self, **config: Any) -> None:
-        """``config``: what it says of the image beside what the Dockerfile does."""
-        self.config = config
+    def __init__(self, foreign: bytes = b"", **config: Any) -> None:
+        """``config``: what it says of the image beside what the Dockerfile does.
+
+        ``foreign``: compiled in place of vLLM's source.
+        """
+        self.config, self.foreign, self.compiled = config, foreign, 0
         self.verdict: dict[str, Any] = {"passed": True, "detail": "pretended", "seconds": 0.0}
 
     def present(self) -> bool:
@@ -109,10 +137,14 @@ class FastEngine:
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         del runner
-        kept = run.bytecode / "module.pyc"
-        assert not kept.exists() or kept.read_bytes() == COMPILED, "code that nobody wrote was run"
-        with WRITING, atomic_path(kept) as aside:  # both runs write it at a time
-            aside.write_bytes(COMPILED)
+        if run.output is not None:
+            self.compiled += 1
+            return compile_module(run, self.foreign)
+        if run.bytecode is not None:
+            kept = run.bytecode / "module.pyc"
+            assert not kept.exists() or kept.read_bytes() == COMPILED, "nobody wrote code that ran"
+            with WRITING, atomic_path(kept) as aside:  # both runs write it at a time
+                aside.write_bytes(COMPILED)
         any_user = run.argv[-1] == "user"
         inside = check_names(compiler=False) - OUTSIDE
         names = [name for name in inside if name.startswith("any-user") == any_user]
@@ -129,10 +161,11 @@ def fast_build(
     base: str = "rootfs",
     *,
     kernels: bool = False,
+    prewarm: Prewarm | None = None,
 ) -> tuple[Image, bool]:
     """Build a cell of the small project; the environment has its cache, see ``use``."""
     project = Project(mini.root)
-    options = BuildOptions(output=mini.root / "dist", base=base, kernels=kernels)
+    options = BuildOptions(output=mini.root / "dist", base=base, kernels=kernels, prewarm=prewarm)
     engine = engine or FastEngine()
     return build_image(
         resolve(project, project.cell(sku), options, cast("Engine", engine)), FastRunner()

@@ -8,7 +8,7 @@ where it was, and a changed patch rebuilds one small layer.
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -20,8 +20,14 @@ from rich.markup import escape
 from vllm_forge import host
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.files import remove_foreign
-from vllm_forge.images import checks, cubins, layout, store
-from vllm_forge.images.bytecode import kept_bytecode
+from vllm_forge.images import checks, compile_sources, cubins, layout, store
+from vllm_forge.images.bytecode import (
+    COMPILER,
+    LAYER,
+    bytecode_key,
+    bytecode_layer,
+    kept_bytecode,
+)
 from vllm_forge.images.content import (
     HEALTH,
     VLLM,
@@ -75,8 +81,13 @@ class Candidate:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Unpacked layers that vllm-forge wrote, lowest first."""
-        return tuple(layer.files for _, layer in self.written)
+        """Unpacked layers that vllm-forge wrote, lowest first, without that of bytecode."""
+        return tuple(layer.files for name, layer in self.written if name != LAYER)
+
+    @property
+    def bytecode(self) -> Path | None:
+        """The unpacked layer of bytecode, if there is one."""
+        return next((layer.files for name, layer in self.written if name == LAYER), None)
 
 
 def build_image(plan: ImagePlan, runner: host.Runner) -> tuple[layout.Image, bool]:
@@ -121,15 +132,18 @@ def build_steps(plan: ImagePlan, runner: host.Runner) -> None:
     if plan.carries:
         what = f"fetch FlashInfer's kernel archives: {', '.join(plan.downloads)}"
         runner.act(what, lambda: cubins.kernel_layer(plan))
+    compiled = compile_inside(plan, runner, wheel) if plan.options.prewarm is not None else None
     candidate = runner.act(
         f"assemble the image in {plan.work}",
-        lambda: assemble(plan, load_system(plan.system_key), wheel()),
+        lambda: assemble(plan, load_system(plan.system_key), wheel(), compiled and compiled()),
     )
     as_image_user, as_any_user = plan.checks_inside()
     with (
         host.report("check the image inside"),
         _forgetting_damage(plan),
-        nullcontext() if dry else kept_bytecode(as_image_user.bytecode),
+        nullcontext()
+        if dry or as_image_user.bytecode is None
+        else kept_bytecode(as_image_user.bytecode),
         ThreadPoolExecutor(1) as pool,
         engine.loaded(runner, plan.candidate, plan.candidate_name),
     ):
@@ -175,8 +189,45 @@ def patched_wheel(project: Project, cell: ImageCell) -> PatchedWheel:
             return kept_wheel(repo, applied, path, cell.line.vllm, folder)
 
 
-def assemble(plan: ImagePlan, system: System, wheel: PatchedWheel) -> Candidate:
-    """Write the upper layers, the candidate's layout, and what the checks inside must find."""
+def compile_inside(
+    plan: ImagePlan, runner: host.Runner, wheel: Callable[[], PatchedWheel]
+) -> Callable[[], StoredLayer]:
+    """Compile all Python sources of the image inside it, unless that was done; the layer."""
+    plain, epoch = plan.unbaked, plan.cell.base.source_date_epoch
+    candidate = runner.act(
+        f"assemble the image without what is compiled in {plan.work}",
+        lambda: assemble(plain, load_system(plan.system_key), wheel()),
+    )
+
+    def prepare() -> None:
+        host.remove(plan.compiled)
+        plan.compiled.mkdir()
+        plan.compiled.chmod(0o777)  # whoever the image's user is here
+        script = plan.work / "inputs" / COMPILER.name
+        shutil.copyfile(COMPILER, script)
+        script.chmod(0o755)
+
+    dry = isinstance(runner, host.RecordingRunner)
+    key = "" if dry else bytecode_key(candidate().image.layers, epoch)
+    if dry or store.usable(key) is None:
+        runner.act(f"make the folder {plan.compiled}", prepare)
+        with plan.engine.loaded(runner, plan.candidate, plan.candidate_name):
+            plan.engine.run_in_image(runner, plain.compiling_inside())
+    layer = runner.act(
+        "write the layer of bytecode",
+        lambda: bytecode_layer(key, plan.compiled / compile_sources.NAME, epoch),
+    )
+    runner.act(f"delete {plan.compiled}", lambda: host.remove(plan.compiled))
+    return layer
+
+
+def assemble(
+    plan: ImagePlan, system: System, wheel: PatchedWheel, compiled: StoredLayer | None = None
+) -> Candidate:
+    """Write the upper layers, the candidate's layout, and what the checks inside must find.
+
+    ``compiled``: the layer of bytecode of an image that carries compiled kernels.
+    """
     cell, prewarm, written = plan.cell, plan.options.prewarm, wheel_layers(plan)
     epoch = cell.base.source_date_epoch
     removed = {path: row for _, layer in written for path, row in layer.removed.items()}
@@ -187,7 +238,8 @@ def assemble(plan: ImagePlan, system: System, wheel: PatchedWheel) -> Candidate:
         written.append(("kernel archives", archives))
     patch = write_patch_layer(plan, wheel, stack)
     written.append((cell.line.series, patch))
-    if prewarm is not None:
+    if prewarm is not None and compiled is not None:
+        written.append((LAYER, compiled))
         written.append(("compiled kernels", prewarm_layer(prewarm, epoch)))
     layers = [
         *system.layers,
@@ -198,8 +250,11 @@ def assemble(plan: ImagePlan, system: System, wheel: PatchedWheel) -> Candidate:
         plan.candidate, layers=layers, config=config, epoch=epoch, name=plan.candidate_name
     )
     checks.write_inputs(plan.work / "inputs", expectation(cell, stack))
-    host.remove(plan.patch_files)
-    plan.patch_files.symlink_to(patch.files)
+    links = {plan.patch_files: patch, plan.bytecode_files: compiled}
+    for link, layer in links.items():
+        host.remove(link)
+        if layer is not None:
+            link.symlink_to(layer.files)
     blobs = python_blobs(SourceRepo(), wheel.tree)
     return Candidate(image=image, system=system, written=written, stack=stack, blobs=blobs)
 
@@ -241,9 +296,10 @@ def image_config(
 ) -> dict[str, Any]:
     """The ``config`` object: the system's, with the SKU's variables, labels, and the prewarming."""
     prewarm = plan.options.prewarm
-    variables = dict(sorted(plan.cell.sku.env.items())) | {BYTECODE: bytecode_place(layers)}
-    config = dict(system)
-    if prewarm is not None:
+    variables, config = dict(sorted(plan.cell.sku.env.items())), dict(system)
+    if prewarm is None:  # else bytecode is beside the sources, where Python does not look with it
+        variables[BYTECODE] = bytecode_place(layers)
+    else:
         variables |= dict(sorted(prewarm.environment().items()))
         config["Entrypoint"] = [SCRIPT, *config["Entrypoint"]]
     more = {}
@@ -289,6 +345,8 @@ def _forgetting_damage(plan: ImagePlan) -> Iterator[None]:
         yield
     except ForgeError:
         host.remove(host.cache_root() / "bytecode")
+        if plan.bytecode_files.is_symlink():
+            host.remove(plan.bytecode_files.resolve().parent)
         system = load_system(plan.system_key)
         if not system.root_intact:
             store.forget(system_folder(plan.system_key))

@@ -35,13 +35,15 @@ COVERAGE = Path("records/coverage")
 # What runs inside; the first one is started.
 SCRIPTS = (Path(__file__).with_name("image_checks.py"), DRIVER)
 LAYER_CHECKS = Path(__file__).with_name("layer_checks.py")
-CHECK_ARGV = ("/opt/venv/bin/python", "-I", "-S", "/mnt/image_checks.py")
+PYTHON_ALONE = ("/opt/venv/bin/python", "-I", "-S")  # no file of a wheel runs in it
+CHECK_ARGV = (*PYTHON_ALONE, "/mnt/image_checks.py")
 ANY_UID = 1000770000  # without a name, as OpenShift gives one
 COMPILER_CHECKS = frozenset({"compiler", "driver-link", "nvrtc"})
 CHECKS = frozenset({
-    "packages", "tree", "stack", "hygiene", "system", "wheel-files", "sandbox", "working-directory",
-    "imports", "quantization", "kernels", "vllm-help", "vllm-version", "vllm-serve-help",
-    "vllm-bench-serve-help", "vllm-bench-serve", "any-user-sandbox", "any-user-imports",
+    "packages", "tree", "stack", "hygiene", "system", "wheel-files", "bytecode", "sandbox",
+    "working-directory", "imports", "quantization", "kernels", "vllm-help", "vllm-version",
+    "vllm-serve-help", "vllm-bench-serve-help", "vllm-bench-serve", "any-user-sandbox",
+    "any-user-imports",
 })  # fmt: skip
 
 

@@ -79,8 +79,9 @@ class ContainerRun:
     seconds: int = 3600  # after which it is ended: code of the image may run for ever
     work: Path  # for the engine's own files; no two runs at a time share it
     # For engines that mount: keeps compiled Python between runs. Code of the image writes it, so
-    # images of other packages have another one.
-    bytecode: Path
+    # images of other packages have another one. None: the image has its own.
+    bytecode: Path | None
+    output: Path | None = None  # folder that is mounted at /media; every user may write there
     volume: str = ""  # docker's, which keeps /cache between runs; empty: nothing is kept
     client: str = "docker"  # or podman, which takes the same options
 
@@ -184,6 +185,7 @@ class Buildx:
         cache = "--tmpfs=/cache:exec,uid=10001,gid=0,mode=0775"
         if run.volume:  # docker fills a new one from the image, with its owner
             cache = f"--volume={run.volume}:/cache"
+        output = [] if run.output is None else [f"--volume={run.output.resolve()}:/media"]
         end = [client, "rm", "--force", run.container]
         runner.run(end)
         try:
@@ -192,7 +194,7 @@ class Buildx:
                     client, "run", "--rm", "--init", f"--name={run.container}",
                     "--network=none", "--read-only", "--cap-drop=ALL",
                     "--security-opt=no-new-privileges", "--tmpfs=/tmp:exec,mode=1777",
-                    cache, *user,
+                    cache, *user, *output,
                     f"--volume={run.inputs.resolve()}:/mnt:ro", "--entrypoint=/usr/bin/timeout",
                     run.name, "--kill-after=10", str(run.seconds + 60), *run.argv,
                 ],
@@ -399,10 +401,15 @@ def _runtime_config(run: ContainerRun) -> dict[str, Any]:
     image = run.config or read_image(run.layout).config["config"]
     owner, _, group = image["User"].partition(":")
     uid, _, gid = (run.user or image["User"]).partition(":")
-    bytecode = run.bytecode.resolve()
-    bytecode.mkdir(parents=True, exist_ok=True)
-    bytecode.parent.chmod(0o700)  # no user of this host with the image's uid writes there
-    os.chown(bytecode, int(owner), int(group or owner))
+    env, writable = [row for row in image["Env"] if row.split("=")[0] != BYTECODE], {}
+    if run.bytecode is not None:
+        env.append(f"{BYTECODE}=/srv")
+        writable["/srv"] = bytecode = run.bytecode.resolve()
+        bytecode.mkdir(parents=True, exist_ok=True)
+        bytecode.parent.chmod(0o700)  # no user of this host with the image's uid writes there
+        os.chown(bytecode, int(owner), int(group or owner))
+    if run.output is not None:
+        writable["/media"] = run.output.resolve()
 
     def mount(target: str, kind: str, *options: str, source: str = "") -> dict[str, Any]:
         return {
@@ -414,10 +421,7 @@ def _runtime_config(run: ContainerRun) -> dict[str, Any]:
         "hostname": "vllm-forge",
         "process": {
             "args": list(run.argv),
-            "env": [
-                *(row for row in image["Env"] if row.split("=")[0] != BYTECODE),
-                f"{BYTECODE}=/srv",
-            ],
+            "env": env,
             "cwd": image.get("WorkingDir") or "/",
             "user": {"uid": int(uid), "gid": int(gid or uid)},
             "capabilities": {},
@@ -431,9 +435,9 @@ def _runtime_config(run: ContainerRun) -> dict[str, Any]:
             mount("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666"),
             mount("/tmp", "tmpfs", "nosuid", "nodev", "mode=1777"),  # noqa: S108
             mount("/cache", "tmpfs", "nosuid", "nodev", f"uid={owner}", "gid=0", "mode=0775"),
-            # Bytecode of an earlier run: the image has none, and compiling it takes longer
+            # Bytecode of an earlier run: where the image has none, compiling it takes longer
             # than the checks. Python takes a file only if the source's size and time agree.
-            mount("/srv", "none", "rbind", "rw", source=str(bytecode)),
+            *(mount(at, "none", "rbind", "rw", source=str(path)) for at, path in writable.items()),
             mount("/mnt", "none", "rbind", "ro", source=str(run.inputs.resolve())),
         ],
         "linux": {

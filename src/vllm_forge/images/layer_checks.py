@@ -25,6 +25,7 @@ from vllm_forge.errors import shortened
 from vllm_forge.host import hash_of
 from vllm_forge.host.files import read_plain, walk_plain
 from vllm_forge.images import layer
+from vllm_forge.images.bytecode import bytecode_problems
 from vllm_forge.images.content import STACK, VLLM, stack_entry
 from vllm_forge.images.layer import overlay
 from vllm_forge.images.layout import ImageLayer
@@ -360,6 +361,16 @@ def _refuse(problems: Sequence[str]) -> None:
         raise AssertionError("\n  ".join(shortened(problems, SHOWN)))
 
 
+def bytecode(folder: Path | None, files: ImageFiles, system: Sequence[ImageLayer]) -> str:
+    """Each file of the layer of bytecode, unpacked in ``folder``, is of a source of the image."""
+    if folder is None:
+        return "none carried"
+    paths = {path: folder / path for path in walk_plain(folder)}
+    blobs = [row.blob for row in system]
+    _refuse(bytecode_problems(paths, files.python, files.written, blobs))
+    return f"{len(paths)} files"
+
+
 def judge_layers(plan: ImagePlan, candidate: Candidate) -> dict[str, dict[str, Any]]:
     """All checks of a complete image: name -> verdict, as those inside print it."""
     record, blobs = candidate.stack, candidate.blobs
@@ -377,6 +388,7 @@ def judge_layers(plan: ImagePlan, candidate: Candidate) -> dict[str, dict[str, A
         "hygiene": lambda: hygiene(files),
         "system": lambda: system(files),
         "wheel-files": lambda: wheel_files(files, blobs, rows, paths.get),
+        "bytecode": lambda: bytecode(candidate.bytecode, files, candidate.system.layers),
     }
     verdicts = {}
     for name, check in checks.items():

@@ -1,5 +1,7 @@
 """What would be built, and why: a cell's inputs resolved, without network, engine or a write."""
 
+from __future__ import annotations
+
 import platform
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -8,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm_forge.host import cache_root, console, hash_of, require_disk
-from vllm_forge.images import checks, cubins
-from vllm_forge.images.checks import CHECK_ARGV, LAYER_CHECKS, SCRIPTS, any_user, contract_inputs
+from vllm_forge.images import bytecode, checks, cubins
+from vllm_forge.images.checks import (
+    CHECK_ARGV,
+    LAYER_CHECKS,
+    PYTHON_ALONE,
+    SCRIPTS,
+    any_user,
+    contract_inputs,
+)
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
 from vllm_forge.images.engines import ContainerRun, Engine
 from vllm_forge.images.errors import BuildRecordError, EngineSetupError, LayoutError
@@ -19,6 +28,7 @@ from vllm_forge.images.record import Inputs, compare, kept_digest, read_record
 from vllm_forge.images.rootfs import CURRENT, ROOTFS, BaseRef, base_of, fetch_packages, is_whole
 from vllm_forge.images.store import layer_folder, stored
 from vllm_forge.images.system import SYSTEM_FORMAT, is_kept, system_folder
+from vllm_forge.images.wheels import site_packages
 from vllm_forge.kernels.coverage.families import catalogue
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Patch, read_series, read_tree_lock
@@ -88,6 +98,21 @@ class ImagePlan:
         """A link to the unpacked patch layer, whose key is known only when it was written."""
         return self.work / "patch-layer"
 
+    @property
+    def bytecode_files(self) -> Path:
+        """A link to the unpacked layer of bytecode, as ``patch_files``."""
+        return self.work / "bytecode-layer"
+
+    @property
+    def compiled(self) -> Path:
+        """What a run inside writes: Python's bytecode."""
+        return self.work / "compiled"
+
+    @property
+    def unbaked(self) -> ImagePlan:
+        """The same without anything compiled: what is compiled inside."""
+        return replace(self, options=replace(self.options, prewarm=None))
+
     @cached_property
     def downloads(self) -> dict[str, str]:
         """Kernel families that FlashInfer downloads for the SKU's presets -> glob of files."""
@@ -103,13 +128,15 @@ class ImagePlan:
         """The runs of the checks inside the candidate, known before it exists (dry run)."""
         keys, prewarm = [key for group in self.groups for key in group.keys], self.options.prewarm
         epoch = self.cell.base.source_date_epoch
-        compiled = [] if prewarm is None else [prewarm_key(prewarm, epoch)]
+        compiled: list[Path] = []
+        if prewarm is not None:
+            compiled = [layer_folder(prewarm_key(prewarm, epoch)) / "files", self.bytecode_files]
         keys += [cubins.kernel_key(self)] if self.carries else []
         run = ContainerRun(
             layout=self.candidate,
             name=self.candidate_name,
             lower_dirs=(
-                *(layer_folder(key) / "files" for key in compiled),
+                *compiled,
                 self.patch_files,
                 *(layer_folder(key) / "files" for key in reversed(keys)),
                 system_folder(self.system_key) / "root",
@@ -117,12 +144,19 @@ class ImagePlan:
             inputs=self.work / "inputs",
             argv=(*CHECK_ARGV, "image"),
             work=self.work,
-            bytecode=cache_root() / "bytecode" / self.python_key,
+            bytecode=None if compiled else cache_root() / "bytecode" / self.python_key,
         )
         other = replace(
             run, argv=(*CHECK_ARGV, "user"), user=any_user(), work=self.work / "any-user"
         )
         return run, other
+
+    def compiling_inside(self) -> ContainerRun:
+        """The run that compiles the Python sources of the candidate."""
+        python = self.cell.line.python
+        roots = (f"/usr/lib/python{python}", f"/{site_packages(python)}")
+        argv = (*PYTHON_ALONE, f"/mnt/{bytecode.COMPILER.name}", *roots)
+        return replace(self.checks_inside()[0], argv=argv, bytecode=None, output=self.compiled)
 
     @property
     def dockerfile(self) -> Path:
@@ -194,6 +228,7 @@ class ImagePlan:
         if prewarm is not None:
             parts["prewarm"] = {
                 "sha256": prewarm.digest, "place": prewarm.place, "script": hash_of(ENTRYPOINT),
+                "bytecode": hash_of([bytecode.FORMAT, bytecode.COMPILER.read_text()]),
             }  # fmt: skip
         if self.options.kernels:
             parts["kernels"] = {"format": cubins.FORMAT}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vllm_forge.errors import shortened
 from vllm_forge.host import Runner, git
+from vllm_forge.images.bytecode import LAYER
 from vllm_forge.images.layer import LayerBlob, members
 from vllm_forge.images.layout import Image, ImageLayer, read_image
 from vllm_forge.images.prewarm import prewarm_lock, unpack_prewarm
@@ -76,9 +77,10 @@ def compare(published: Published, built: Image, work: Path) -> list[str]:
         return []
     rows, skipped = [], []
     layers = list(published.image.layers)
-    if layers and layers[-1].name == PREWARM and len(layers) == len(built.layers) + 1:
-        layers.pop()
-        skipped.append(f"layer not rebuilt: {PREWARM}, of which the commit has no lock")
+    more = [layer.name for layer in layers[len(built.layers) :]]
+    if more in ([PREWARM], [LAYER, PREWARM]):
+        del layers[-len(more) :]
+        skipped = [f"layer not rebuilt: {name}; the commit has no lock of kernels" for name in more]
     if len(layers) != len(built.layers):
         rows.append(f"{len(layers)} layers are published, {len(built.layers)} were built")
     for published_layer, built_layer in zip(layers, built.layers, strict=False):

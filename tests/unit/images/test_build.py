@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support.fast_build import FastEngine, fast_build, use
 from tests.support.project import Project, make_project
+from vllm_forge import host
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images import layer_checks
-from vllm_forge.images.errors import LayoutError
+from vllm_forge.images.errors import ImageCheckError, LayoutError
+from vllm_forge.images.layer import members
+from vllm_forge.images.prewarm import Prewarm, tree_digest
+from vllm_forge.images.wheels import site_packages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from vllm_forge.host import Runner
     from vllm_forge.images.engines import ContainerRun
 
 CELL = "vllm-0.1.0-alpha"
+SITE = site_packages("3.13")
 LONGEST_S = 60
 
 
@@ -106,3 +113,43 @@ def test_image_gets_its_name_when_all_are_green(
     assert built
     assert (mini.root / "dist" / CELL) == image.path
     assert sorted(engine.ended) == ["image", "user"]
+
+
+@pytest.fixture
+def prewarm(tmp_path: Path) -> Prewarm:
+    kernels = tmp_path / "kernels"
+    kernels.mkdir()
+    (kernels / "k.cubin").write_bytes(b"code")
+    return Prewarm(folder=kernels, key={}, digest=tree_digest(kernels))
+
+
+def test_image_with_kernels_has_bytecode_where_python_looks(
+    mini: Project, prewarm: Prewarm
+) -> None:
+    plain, _ = fast_build(mini, "alpha")
+    engine = FastEngine()
+    image, _ = fast_build(mini, "alpha", engine, prewarm=prewarm)
+    # The layers below are those of the image without, but for the record in the last of them.
+    below = [row.blob.digest for row in plain.layers[:-1]]
+    assert [row.blob.digest for row in image.layers[:-3]] == below
+    assert [row.name for row in image.layers[-2:]] == ["bytecode", "compiled kernels"]
+    names = [name for name, info, _ in members(image.layers[-2].blob) if info.isreg()]
+    assert names == [f"{SITE}/vllm/__pycache__/__init__.cpython-313.pyc"]
+    for made, own in ((plain, False), (image, True)):
+        variables = [row.partition("=")[0] for row in made.config["config"]["Env"]]
+        assert ("PYTHONPYCACHEPREFIX" in variables) is not own  # with it, Python looks nowhere else
+    record = json.loads((mini.root / "dist" / f"{CELL}.json").read_text())
+    assert record["checks"]["bytecode"]["detail"] == "1 files"
+    (prewarm.folder / "more.cubin").write_bytes(b"code")
+    more = replace(prewarm, digest=tree_digest(prewarm.folder))
+    again, built = fast_build(mini, "alpha", engine, prewarm=more)
+    assert (built, engine.compiled) == (True, 1)  # the sources are the same
+    assert again.layers[-2].blob.digest == image.layers[-2].blob.digest
+
+
+def test_bytecode_of_another_source_is_red(mini: Project, prewarm: Prewarm) -> None:
+    host.remove(mini.cache / "layers")
+    with pytest.raises(ImageCheckError, match="not of its source: /opt/venv/lib"):
+        fast_build(mini, "alpha", FastEngine(foreign=b"x = 1"), prewarm=prewarm)
+    _, built = fast_build(mini, "alpha", prewarm=prewarm)  # it was not kept
+    assert built

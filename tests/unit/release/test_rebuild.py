@@ -84,7 +84,7 @@ def test_layer_of_compiled_kernels_is_not_compared(built: Built, tmp_path: Path)
     kernels = ImageLayer(blob=last.blob, name="compiled kernels")
     published = again(built, tmp_path / "x", (*built.image.layers, kernels))
     assert compare(from_layout(published.path), built.image, tmp_path) == [
-        "layer not rebuilt: compiled kernels, of which the commit has no lock"
+        "layer not rebuilt: compiled kernels; the commit has no lock of kernels"
     ]
 
 
