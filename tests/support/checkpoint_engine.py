@@ -16,7 +16,10 @@ from vllm_forge.checkpoints.tensors import TensorToWrite, in_memory
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer
     from vllm_forge.checkpoints.tensors import StoredTensor
+else:
+    LayerQuantizer = object  # it needs torch
 
 SMALL = TinySpec(
     ratios=(SLIDING, HEAVY),
@@ -35,10 +38,11 @@ class Killed(BaseException):
     """Stands for kill -9: nothing catches it."""
 
 
-class FakeEngine:
+class FakeEngine(LayerQuantizer):
     """Chains hidden states as the real one does, so that a layer's bytes depend on all before."""
 
     needs_data = True
+    versions: dict[str, str]
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe

@@ -149,6 +149,7 @@ class LayerQuantizer:
 
     @property
     def versions(self) -> dict[str, str]:
+        """What the result depends on beside the inputs."""
         modules = (compressed_tensors, llmcompressor, torch, transformers)
         return {module.__name__: module.__version__ for module in modules} | {
             "device": self.device.type,
@@ -157,6 +158,7 @@ class LayerQuantizer:
 
     @property
     def needs_data(self) -> bool:
+        """Whether a scale is calibrated; without one no forward pass is needed."""
         return bool(self._modifier().requires_calibration_data)
 
     def recipe_yaml(self) -> str:
@@ -190,7 +192,13 @@ class LayerQuantizer:
     def layer(
         self, index: int, weights: Mapping[str, StoredTensor], source: Hidden, target: Hidden
     ) -> list[TensorToWrite]:
-        """See work.Engine."""
+        """Quantize a layer: input states at ``source``, its output states to ``target``.
+
+        ``weights`` are all its tensors by upstream name. ``target`` appears when all states are in.
+
+        Returns the tensors of each quantized module, in upstream naming; QuantizedOutputError if a
+        scale that the recipe names was not calibrated.
+        """
         model = OneLayer(self.config, index, self.rotary)
         names = self._fill(model, weights)
         with target.write() as sink:

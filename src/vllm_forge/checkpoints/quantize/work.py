@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -36,6 +36,9 @@ from vllm_forge.checkpoints.tensors import (
 )
 from vllm_forge.host import atomic_path, parse_json, read_data, read_plain, remove, write_json
 
+if TYPE_CHECKING:
+    from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer
+
 PLAN, MANIFEST, RECIPE = "plan.json", "manifest.json", "recipe.yaml"
 # By compressed-tensors' names.
 FORMATS = {
@@ -50,43 +53,12 @@ SHARED = ("weight_global_scale", "input_global_scale")
 LEFT_OUT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md"}
 
 
-class Engine(Protocol):
-    """What quantizes: calibrate.LayerQuantizer, or a stand-in without torch.
-
-    ``versions`` is what the result depends on beside the inputs; ``needs_data``: a scale is
-    calibrated, without one no forward pass is needed; ``embed`` writes the first layer's input.
-    """
-
-    @property
-    def versions(self) -> dict[str, str]: ...
-
-    @property
-    def needs_data(self) -> bool: ...
-
-    def recipe_yaml(self) -> str: ...
-
-    def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]: ...
-
-    def embed(self, weight: StoredTensor, states: "Hidden") -> None: ...
-
-    def layer(
-        self, index: int, weights: Mapping[str, StoredTensor], source: "Hidden", target: "Hidden"
-    ) -> list[TensorToWrite]:
-        """Quantize a layer: input states at ``source``, its output states to ``target``.
-
-        ``weights`` are all its tensors by upstream name. ``target`` appears when all states are in.
-
-        Returns the tensors of each quantized module, in upstream naming; QuantizedOutputError if a
-        scale that the recipe names was not calibrated.
-        """
-
-
 @dataclass(frozen=True, kw_only=True)
 class Job:
     source: Checkpoint
     recipe: Recipe
     calibration: Calibration
-    engine: Engine
+    engine: "LayerQuantizer"  # tests have a stand-in without torch
 
 
 @dataclass(frozen=True, kw_only=True)
