@@ -216,7 +216,7 @@ def test_every_folder_of_the_cache_has_an_answer(root: Path) -> None:
     assert found == (kinds - {"uv"}) | ELSEWHERE.keys()
 
 
-@pytest.mark.parametrize("place", ["coverage/*.json", "coverage/files/*.json", "contents/*.json"])
+@pytest.mark.parametrize("place", ["coverage/*.json", "contents/*.json"])
 def test_damaged_record_is_made_again(
     place: str, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The kernels of a library and their targets, cached by the file's content.
+"""The kernels of a library and their targets, cached by what the file system says of the file.
 
 Kernels are found by their names, and a name alone says little: FlashMLA compiles its sm_90 kernels
 for sm_100f too, as a body that prints "unsupported" and traps. So a body counts only if it is not a
@@ -7,20 +7,19 @@ stub next to the kernel's other bodies (without_stubs).
 Reading the names in a library costs a second or two; looking them up in the cache costs a stat.
 """
 
-import hashlib
 import mmap
 import re
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import zstandard
 
-from vllm_forge.host import cache_root, exclusive, hash_of
-from vllm_forge.host.files import file_digest, inode, read_sealed, write_sealed
+from vllm_forge.host import cache_root, hash_of
+from vllm_forge.host.files import inode, read_sealed, write_sealed
 from vllm_forge.kernels.coverage.device_code import (
     Code,
     Kind,
@@ -138,41 +137,18 @@ def code_sizes(codes: Iterable[Code]) -> dict[str, int]:
 
 
 def library_code(path: Path, patterns: Sequence[str] = ()) -> LibraryCode:
-    """The device code of a file, from the cache if the same bytes were read before.
+    """The device code of a file, from the cache if it was not touched since it was read.
 
     ``patterns``: regular expressions to count kernels by, searched for in mangled names.
     """
-    rules = hash_of([FORMAT, sorted(patterns)])
-    if (known := _known(path, rules)) is not None:
-        return known
-    with exclusive("coverage", wait=True):
-        stamp = inode(path.stat())  # from before it is read
-        sha256 = file_digest(path.resolve())
-        write_sealed(_stamp_path(path), {"stamp": stamp, "sha256": sha256})
-        if (known := _known(path, rules)) is None:
-            known = _read(path, patterns)
-            write_sealed(_record_path(sha256, rules), known.model_dump(mode="json"))
-        return known
-
-
-def _known(path: Path, rules: str) -> LibraryCode | None:
-    """The cached record of a file that is unchanged since it was hashed."""
-    try:
-        stamp = read_sealed(_stamp_path(path))
-        if stamp["stamp"] != inode(path.stat()):
-            return None
-        return LibraryCode.model_validate(read_sealed(_record_path(stamp["sha256"], rules)))
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _record_path(sha256: str, rules: str) -> Path:
-    return cache_root() / "coverage" / f"{sha256}-{rules[:16]}.json"
-
-
-def _stamp_path(path: Path) -> Path:
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
-    return cache_root() / "coverage" / "files" / f"{name}.json"
+    stamp = inode(path.stat())  # from before it is read
+    name = hash_of([FORMAT, sorted(patterns), str(path.resolve()), stamp])
+    record = cache_root() / "coverage" / f"{name}.json"
+    with suppress(OSError, ValueError):
+        return LibraryCode.model_validate(read_sealed(record))
+    code = _read(path, patterns)
+    write_sealed(record, code.model_dump(mode="json"))
+    return code
 
 
 def _read(path: Path, patterns: Sequence[str]) -> LibraryCode:
