@@ -7,7 +7,6 @@ from pathlib import Path
 from vllm_forge.commands.parsers import EVERY_LINE, LINE, Commands, command, group
 from vllm_forge.host import Runner, console, report, write_json
 from vllm_forge.kernels.selection import record as selections
-from vllm_forge.kernels.selection import stops as late_stops
 from vllm_forge.matrix import Line
 from vllm_forge.pages.markdown import terminal_table
 from vllm_forge.patches import Applied, authoring, check_line, read_series, update_line
@@ -156,16 +155,10 @@ def select(project: Project, args: argparse.Namespace) -> None:
     for name in names:
         selection = ask_line(project, name, Runner())
         console.print(selection_table(selection))
-        repo, tree = SourceRepo(), selection.inputs["series"]
-        if (chat := project.matrix.line[name].chat) is not None:
-            late_stops.require_cited(repo, tree, chat.source)
-        stops = late_stops.find_stops(repo, tree)
         if args.record:
             print(selections.write_selection(project.records, selection))
-            print(late_stops.write_stops(project.records, name, stops))
-            write_pages(project, "docs/generated/selection.md", "docs/generated/late-stops.md")
+            write_pages(project, "docs/generated/selection.md")
             continue
-        late_stops.require_same_stops(project.records, name, stops)
         recorded = selections.require_fresh(project, name)
         answers = [answer for _, answer in (*selection.rows, *selection.probes)]
         published = [answer for _, answer in selection.published]

@@ -14,7 +14,6 @@ from vllm_forge.kernels.selection.record import (
     read_selection,
     selection_path,
 )
-from vllm_forge.kernels.selection.stops import read_scopes, read_stops, stops_path
 from vllm_forge.pages.markdown import escape, table, terminal_table
 from vllm_forge.project import Project
 
@@ -34,21 +33,22 @@ def selection(project: Project) -> str:
 
 def late_stops(project: Project) -> str:
     """docs/generated/late-stops.md: what covers the stops, and those that are not internal."""
-    covers = read_scopes().cover
     parts = []
     for name, line in project.matrix.line.items():
-        if not stops_path(project.records, name).exists():
+        path = f"records/late-stops/{name}.json"
+        if not (project.root / path).exists():
             continue
-        stops = read_stops(project.records, name)
-        counts = Counter(stop.cover for stop in stops)
+        record = project.read_json(path)
+        counts = Counter(cover for *_, cover in record["stops"])
+        covers = [[cover, counts[cover], text] for cover, text in record["covers"].items()]
         shown = [
-            [f"`{stop.where}`", escape(stop.text), stop.cover]
-            for stop in stops
-            if stop.cover not in UNSHOWN
+            [f"`{where}`", escape(text), cover]
+            for where, _, text, cover in record["stops"]
+            if cover not in UNSHOWN
         ]
         parts += [
             f"\n## Line {name}: vLLM {line.vllm}\n",
-            table(["cover", "places", "is"], [[c, counts[c], text] for c, text in covers.items()]),
+            table(["cover", "places", "is"], covers),
             "",
             table(["place", "statement", "cover"], shown),
         ]

@@ -1,23 +1,31 @@
 """Where a line's vLLM can stop after it loaded the weights: every raise and assert, and its cover.
 
+    python -m tests.support.late_stops      # writes records/late-stops; then: nox -s docs
+
 The rows of late_stops.toml say which functions are on that way, and what covers them; the source
-says which statements they have.
+says which statements they have. It comes from the cache: `nox -s patches` fetches it.
 """
+
+from __future__ import annotations
 
 import ast
 import textwrap
 import tomllib
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_forge.host import read_data, write_json
-from vllm_forge.kernels.errors import SelectionChangedError, SelectionFileError
+from vllm_forge.host import write_json
 from vllm_forge.matrix import FrozenModel
+from vllm_forge.patches import read_tree_lock
+from vllm_forge.project import Project
 from vllm_forge.sources import SourceRepo
 
-DATA = files("vllm_forge.kernels.selection") / "late_stops.toml"
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DATA = Path(__file__).with_suffix(".toml")
+RECORDS = "records/late-stops"
 MOST_CHARS = 160
 
 
@@ -36,7 +44,7 @@ class Scopes(FrozenModel):
     scope: tuple[Scope, ...]
 
 
-class Stop(FrozenModel):
+class Stop(NamedTuple):
     where: str  # PATH:LINE
     function: str
     text: str  # the statement, cut
@@ -73,6 +81,8 @@ def _of_file(path: str, module: ast.Module, scopes: list[Scope]) -> Iterator[Sto
 def _statements(node: ast.AST, name: str) -> Iterator[tuple[str, ast.Raise | ast.Assert]]:
     """Qualified name of the function, and each raise and assert that is not about None alone."""
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            continue  # has no statements, and is most of a tree
         inner = name
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             inner = f"{name}.{child.name}".lstrip(".")
@@ -87,51 +97,14 @@ def _narrows(node: ast.Assert) -> bool:
     return isinstance(test, ast.Compare) and [type(op) for op in test.ops] == [ast.IsNot]
 
 
-def require_cited(repo: SourceRepo, tree: str, source: str) -> None:
-    """SelectionChangedError if ``PATH:LINE: TEXT`` is not in a source tree."""
-    place, _, text = source.partition(": ")
-    path, _, number = place.rpartition(":")
-    content = repo.git("cat-file", "blob", f"{tree}:{path}", check=False).stdout.decode()
-    if not any(text in line for line in content.splitlines()[int(number) - 1 : int(number)]):
-        raise SelectionChangedError(
-            f"{place} does not have the text {text!r}",
-            where="matrix.toml, line.*.chat.source",
-            remedy="look up what decides it in this release",
-        )
+def main() -> None:
+    """Record the stops of all lines, and what each cover is."""
+    project = Project.find()
+    for name, line in project.matrix.line.items():
+        tree = read_tree_lock(project.root / line.series, name).result
+        record = {"covers": read_scopes().cover, "stops": find_stops(SourceRepo(), tree)}
+        write_json(project.root / RECORDS / f"{name}.json", record)
 
 
-def stops_path(records: Path, line_name: str) -> Path:
-    return records / "late-stops" / f"{line_name}.json"
-
-
-def write_stops(records: Path, line_name: str, stops: tuple[Stop, ...]) -> Path:
-    path = stops_path(records, line_name)
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, [list(stop.model_dump().values()) for stop in stops])
-    return path
-
-
-def read_stops(records: Path, line_name: str) -> tuple[Stop, ...]:
-    """The recorded places; SelectionFileError if missing or malformed."""
-    names = tuple(Stop.model_fields)
-    return read_data(
-        stops_path(records, line_name),
-        lambda rows: tuple(Stop.model_validate(dict(zip(names, row, strict=True))) for row in rows),
-        SelectionFileError,
-        what=f"late stops of line {line_name}",
-        remedy=f"run: nox -s forge -- kernels select --record --line {line_name}",
-    )
-
-
-def require_same_stops(records: Path, line_name: str, stops: tuple[Stop, ...]) -> None:
-    """SelectionChangedError if the source, or what covers it, is not as recorded."""
-    before, now = set(read_stops(records, line_name)), set(stops)
-    if before != now:
-        changed = [f"- {s.where}: {s.text} ({s.cover})" for s in sorted(before - now, key=str)]
-        changed += [f"+ {s.where}: {s.text} ({s.cover})" for s in sorted(now - before, key=str)]
-        raise SelectionChangedError(
-            f"line {line_name}: places where vLLM stops after loading changed:\n  "
-            + "\n  ".join(changed),
-            where=str(stops_path(records, line_name)),
-            remedy="correct kernels/selection/late_stops.toml, or record them again",
-        )
+if __name__ == "__main__":
+    main()
