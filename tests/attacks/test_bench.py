@@ -159,7 +159,7 @@ def test_answer_of_many_open_blocks_is_scored_in_linear_time() -> None:
     begin = time.process_time()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "vllm_forge.bench.scoring.judge", lambda _: type("V", (), {"right": False, "why": "w"})
+            "vllm_forge.bench.scoring.judge", lambda *_: type("V", (), {"right": False, "why": "w"})
         )
         assert not score(row, item, "stop", text).flexible
     assert time.process_time() - begin < 60  # a quadratic search takes an hour

@@ -13,7 +13,8 @@ import pytest
 from tests.support.isolation import require_isolation
 from vllm_forge.bench import sandbox
 from vllm_forge.bench.errors import SandboxError, WorkloadFileError
-from vllm_forge.bench.sandbox import CodeTask, Limits, Verdict, judge
+from vllm_forge.bench.sandbox import Limits, Verdict, judge
+from vllm_forge.bench.workloads import Item
 from vllm_forge.host import which
 
 SECRET = "the-expected-value"  # noqa: S105
@@ -124,8 +125,8 @@ def isolation() -> None:
 
 def verdict(program: str, expected: str, limits: Limits | None = None) -> Verdict:
     test = f"def check(candidate):\n    assert candidate() == {expected!r}"
-    task = CodeTask(prompt="", program=program, test=test, entry="f")
-    return judge(task, limits or Limits(memory=1 << 28))
+    item = Item("i", prompt="", test=test, entry="f")
+    return judge(item, program, limits or Limits(memory=1 << 28))
 
 
 @pytest.mark.parametrize("name", CHEATS)
@@ -154,8 +155,8 @@ def test_program_is_nobody_without_groups_or_variables() -> None:
     assert found == ("AssertionError", "AssertionError")
     test = f"def check(candidate):\n    assert candidate() in ({expected!r}, "
     test += f"{[*expected[:3], {}, *expected[4:]]!r})"
-    task = CodeTask(prompt="", program=program, test=test, entry="f")
-    assert judge(task) == Verdict(right=True)
+    item = Item("i", prompt="", test=test, entry="f")
+    assert judge(item, program) == Verdict(right=True)
 
 
 def test_program_sees_nothing_of_the_home_but_python() -> None:
@@ -164,8 +165,8 @@ def test_program_sees_nothing_of_the_home_but_python() -> None:
     seen = [python.relative_to(home).parts[0]] if python.is_relative_to(home) else []
     test = f"def check(f):\n    assert f({str(home)!r}) == {seen!r}\n"
     test += f"    assert set(f('/')) <= {set(sandbox_roots(python))!r}"
-    task = CodeTask(prompt="", program=program, test=test, entry="f")
-    assert judge(task) == Verdict(right=True)
+    item = Item("i", prompt="", test=test, entry="f")
+    assert judge(item, program) == Verdict(right=True)
 
 
 def sandbox_roots(python: Path) -> list[str]:
@@ -264,9 +265,9 @@ def test_files_of_a_judge_are_closed() -> None:
 
 
 def test_invalid_test_is_an_error_of_the_data() -> None:
-    task = CodeTask(prompt="", program="def f(): return 1", test="def check(f): pass", entry="f")
+    item = Item("i", prompt="", test="def check(f): pass", entry="f")
     with pytest.raises(WorkloadFileError, match="does not call"):
-        judge(task)
+        judge(item, "def f(): return 1")
 
 
 @pytest.mark.parametrize("missing", ["setpriv", "unshare"])

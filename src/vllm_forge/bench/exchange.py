@@ -7,7 +7,7 @@ latency.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +44,12 @@ class Run:
     figures: Figures
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
+def check(figure: str, own: float, other: float, bound: float | None) -> dict[str, Any]:
     """A figure of both; ``bound``: of their difference, None if one start says nothing of it."""
-
-    figure: str
-    own: float
-    other: float
-    bound: float | None
-
-    @property
-    def difference(self) -> float:
-        return self.other - self.own
-
-    @property
-    def agrees(self) -> bool | None:
-        if self.bound is None:
-            return None
-        return abs(self.difference) <= self.bound + ROUNDING * abs(self.own)
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "difference": self.difference, "agrees": self.agrees}
+    difference = other - own
+    agrees = None if bound is None else abs(difference) <= bound + ROUNDING * abs(own)
+    return {"figure": figure, "own": own, "other": other, "bound": bound,
+            "difference": difference, "agrees": agrees}  # fmt: skip
 
 
 def vllm_document(arm: Arm, index: int) -> dict[str, Any]:
@@ -122,16 +107,16 @@ def crosscheck(arm: Arm, path: Path) -> dict[str, Any]:
     run = read_run(path)
     _require_same(arm, run, path)
     starts = [_flat(_figures(arm, index)) for index in range(len(arm.result.starts))]
-    checks = [
-        _check(name, [start[name] for start in starts], value)
-        for name, value in run.figures.items()
-        if name in starts[0]
-    ]
+    rows = []
+    for name, other in run.figures.items():
+        if name in starts[0]:
+            values = [start[name] for start in starts]
+            rows.append(check(name, math.fsum(values) / len(values), float(other), _bound(values)))
     return {
         "tool": run.tool,
         "image": arm.result.server.image,
         "files": {one.name: file_digest(one) for one in (arm.path, path)},
-        "rows": [check.as_json() for check in checks],
+        "rows": rows,
     }
 
 
@@ -255,9 +240,9 @@ def _require_same(arm: Arm, run: Run, path: Path) -> None:
         raise InvalidResultError(what, where=f"{arm.path}, {path}", remedy=remedy)
 
 
-def _check(name: str, starts: list[float], other: float) -> Check:
-    own, bound = math.fsum(starts) / len(starts), None
-    if len(starts) > 1:
-        reach = float(stats.t.ppf((1 + LEVEL) / 2, len(starts) - 1))
-        bound = reach * float(np.std(starts, ddof=1)) * math.sqrt(1 + 1 / len(starts))
-    return Check(figure=name, own=own, other=float(other), bound=bound)
+def _bound(starts: list[float]) -> float | None:
+    """Within which another start would be."""
+    if len(starts) == 1:
+        return None
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(starts) - 1))
+    return reach * float(np.std(starts, ddof=1)) * math.sqrt(1 + 1 / len(starts))

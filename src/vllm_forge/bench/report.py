@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_forge.bench import plots
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
-from vllm_forge.bench.exchange import Check
+from vllm_forge.bench.exchange import check
 from vllm_forge.bench.gate import gate
 from vllm_forge.bench.results import LARGEST_ROWS, Arm, read_arm
 from vllm_forge.bench.signed import SUFFIX
@@ -152,7 +152,7 @@ def _crosscheck(path: Path, arms: Sequence[Arm]) -> dict[str, Any]:
         files = document["files"]
         if not any(files.get(arm.path.name) == file_digest(arm.path) for arm in arms):
             raise ValueError("its record is not in this folder, or was changed")
-        rows = [Check(**{key: row[key] for key in CHECKED}).as_json() for row in document["rows"]]
+        rows = [check(*(row[key] for key in CHECKED)) for row in document["rows"]]
         return {"tool": printable(str(document["tool"])), "rows": rows}
 
     remedy = "write it again: nox -s bench -- crosscheck RECORD OTHER --output crosscheck.json"

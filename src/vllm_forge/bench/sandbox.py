@@ -17,12 +17,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
 from vllm_forge.bench.errors import SandboxError, WorkloadFileError
 from vllm_forge.bench.sandbox_init import STARTED
+from vllm_forge.bench.workloads import Item
 from vllm_forge.host import parse_json, printable, which
 
 HERE = Path(__file__).resolve().parent
@@ -53,16 +54,6 @@ class Limits:
         return json.dumps(limits)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CodeTask:
-    """A program and its test, which defines ``check(function)``; ``prompt`` precedes both."""
-
-    prompt: str
-    program: str = field(repr=False)
-    test: str = field(repr=False)
-    entry: str
-
-
 @dataclass(frozen=True)
 class Verdict:
     """``why``: what a wrong program did."""
@@ -71,27 +62,28 @@ class Verdict:
     why: str = ""
 
 
-PROBE = CodeTask(
-    prompt="", program="def f(x): return x", entry="f", test="def check(f): assert f(1) == 1"
-)
+PROBE = Item("probe", prompt="", test="def check(f): assert f(1) == 1", entry="f")
 
 
 def require_sandbox() -> None:
     """SandboxError unless a right program is right here."""
-    if (verdict := judge(PROBE)) != Verdict(right=True):
+    if (verdict := judge(PROBE, "def f(x): return x")) != Verdict(right=True):
         raise SandboxError(f"the sandbox does not run Python: {verdict.why}", remedy=REMEDY)
 
 
-def judge(task: CodeTask, limits: Limits = Limits()) -> Verdict:
-    """Run a program against its test; SandboxError, WorkloadFileError for a test that is wrong."""
+def judge(item: Item, program: str, limits: Limits = Limits()) -> Verdict:
+    """Run a program against an item's test, which defines ``check(function)``.
+
+    The item's prompt precedes both. SandboxError; WorkloadFileError for a test that is wrong.
+    """
     end = time.monotonic() + limits.seconds
-    names = {"prompt": task.prompt, "entry": task.entry}
+    names = {"prompt": item.prompt, "entry": item.entry}
     with ExitStack() as stack:
         called, calls, replied, replies, verdict, said = stack.enter_context(_pipes(3))
-        content = {**names, "program": task.program}
-        stack.enter_context(_start("candidate", content, (called, replies), None, limits))
-        content = {**names, "test": task.test}
-        stack.enter_context(_start("checker", content, (calls, replied), said, limits))
+        task = {**names, "program": program}
+        stack.enter_context(_start("candidate", task, (called, replies), None, limits))
+        task = {**names, "test": item.test}
+        stack.enter_context(_start("checker", task, (calls, replied), said, limits))
         for end_of_child in (called, replies, calls, replied, said):
             end_of_child.close()  # each process is to see the end of the other
         text = _read(verdict, end)
@@ -100,7 +92,7 @@ def judge(task: CodeTask, limits: Limits = Limits()) -> Verdict:
         return Verdict(right=False, why="time limit" if late else "its results ended the checker")
     reply = parse_json(text)
     if "fault" in reply:
-        what = f"invalid test of {task.entry}: {printable(reply['fault'])}"
+        what = f"invalid test of {item.entry}: {printable(reply['fault'])}"
         raise WorkloadFileError(what, remedy="correct the data of the workload")
     why = " ".join(printable(reply.get("why", "")).split())  # a name that the program chose
     return Verdict(right=reply["right"], why=why[:MOST_REASON])

@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_forge.bench.sandbox import CodeTask, judge
+from vllm_forge.bench.sandbox import judge
 from vllm_forge.bench.workloads import Item, Workload
 
 THOUGHT = "</think>"  # what follows it is the answer, where the server parses no reasoning
@@ -59,7 +59,7 @@ def _code(_: Workload, item: Item, text: str) -> Score:
         form = "a block that does not say Python"
     elif beside.strip():
         form = "text beside the block"
-    found = judge(CodeTask(prompt=item.prompt, program=program, test=item.test, entry=item.entry))
+    found = judge(item, program)
     return _verdict(found.right, form, found.why)
 
 

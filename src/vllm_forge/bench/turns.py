@@ -13,14 +13,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
-
-from pydantic import Field
 
 from vllm_forge.bench.client import Prompt, is_healthy
 from vllm_forge.bench.errors import ServerStartError, SessionFileError, StartFailedError
@@ -61,11 +59,7 @@ class Journal(FrozenModel):
 
     format: Literal["bench-session/1"] = "bench-session/1"
     plan_sha256: str
-    attempts: tuple[Attempt, ...] = Field(default=())
-
-    def state(self, order: int) -> Attempt | None:
-        """The last attempt of a start."""
-        return next((row for row in reversed(self.attempts) if row.order == order), None)
+    attempts: tuple[Attempt, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +86,7 @@ class Run:
             if plan.quality is not None:
                 self._ask(order, setups, plan.quality.license)
                 return
-            cells = [
+            measured = [
                 measure(
                     plan.url, plan.arms[name].model, setup, prompts, warm=plan.warm, order=order,
                     caches=caches, probe=self.probe,
@@ -104,11 +98,14 @@ class Run:
         compiled = count_compiled(caches) - cached
         facts = {"ready_s": ready_s, "cached": cached, "compiled": max(0, compiled),
                  "kernels": kernels_of(log)}  # fmt: skip
-        starts = [(start.model_copy(update=facts), rows) for start, rows in cells]
         paths = self._records(order)
-        for path, setup, (start, rows) in zip(paths, setups, starts, strict=True):
+        cells = [
+            (path, setup, start.model_copy(update=facts), rows)
+            for path, setup, (start, rows) in zip(paths, setups, measured, strict=True)
+        ]
+        for path, setup, start, rows in cells:
             require_valid(make_arm(path, setup, [start], rows)[0])
-        for path, setup, (start, rows) in zip(paths, setups, starts, strict=True):
+        for path, setup, start, rows in cells:
             # A run that was ended between two records has the start in the first one already.
             if not _has_start(path, order):
                 add_start(path, setup, start, rows)
@@ -116,13 +113,11 @@ class Run:
     def require_kept(self, order: int) -> None:
         """SessionFileError unless the records have a start that is done."""
         for record in self._records(order):
-            answers = answers_path(record, order)
-            kept = answers.exists() if self.plan.quality else _has_start(record, order)
-            if not kept:
+            path = answers_path(record, order) if self.plan.quality else record
+            if not (path.exists() and (self.plan.quality or _has_start(path, order))):
                 what = f"start {order} is done, but its record does not have it"
                 remedy = "restore the record, or give another output folder"
-                where = answers if self.plan.quality else record
-                raise SessionFileError(what, where=where, remedy=remedy)
+                raise SessionFileError(what, where=path, remedy=remedy)
 
     def _records(self, order: int) -> list[Path]:
         """Of each concurrency."""
@@ -180,13 +175,11 @@ def run_plan(
     probe, parts = probe or HostProbe(), _parts(plan, prompts, folder)
     run = Run(plan=plan, output=output, parts=parts, gpu=listed_gpus(probe)[0], probe=probe)
     (output / LOGS).mkdir(parents=True, exist_ok=True)
-    for order, name in enumerate(plan.turns):
-        if (last := journal.state(order)) is not None and last.state == "done":
+    for order in range(len(plan.turns)):
+        if any(row.order == order and row.state == "done" for row in journal.attempts):
             run.require_kept(order)
             continue
-        with _attempt(journal, output / JOURNAL, order, name) as finish:
-            run.start(order)
-        journal = finish()
+        journal = _attempt(journal, output / JOURNAL, order, run)
         _say(journal, plan, order)
 
 
@@ -255,14 +248,11 @@ def _require_no_failure(journal: Journal, output: Path, *, retry: bool) -> None:
         )
 
 
-@contextmanager
-def _attempt(
-    journal: Journal, path: Path, order: int, name: str
-) -> Iterator[Callable[[], Journal]]:
-    """Write down that a start was begun, and how it ended."""
+def _attempt(journal: Journal, path: Path, order: int, run: Run) -> Journal:
+    """One start; write down that it was begun, and how it ended."""
     begin = time.monotonic()
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    row = Attempt(order=order, arm=name, state="running", began=began)
+    row = Attempt(order=order, arm=run.plan.turns[order], state="running", began=began)
 
     def keep(state: str, error: str = "") -> Journal:
         seconds = round(time.monotonic() - begin, 1)
@@ -273,13 +263,14 @@ def _attempt(
 
     keep("running")
     try:
-        yield lambda: keep("done")
+        run.start(order)
     except ForgeError as error:
         keep("failed", printable(f"{type(error).__name__}: {error.what}"))
         raise
     except KeyboardInterrupt:
         keep("interrupted")
         raise
+    return keep("done")
 
 
 @contextmanager
