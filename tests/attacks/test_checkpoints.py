@@ -312,9 +312,7 @@ def test_weight_of_any_shape_is_compared(card: Path, kind: Format, shape: tuple[
     assert [row.format for row in rows] == [kind]
 
 
-@pytest.mark.parametrize(
-    "output", ["", "[]", "{}", '{"cases": []}', '{"cases": {"a": 1}}', "[" * 100_000]
-)
+@pytest.mark.parametrize("output", ["", "[]", "{}", '{"a": []}', '{"a": 1}', "[" * 100_000])
 def test_answer_of_any_text_is_an_error(output: str) -> None:
     with pytest.raises(DryLoadError):
         read_answers(output, "here", ["a"])

@@ -31,7 +31,7 @@ def test_rehearsal_is_what_the_loader_of_vllm_expects(tmp_path: Path) -> None:
         pytest.skip(f"{why}: {HOW}")
     write_full(make_recipe(ARTIFACT, layout_config("card"), 2), tmp_path / "made")
     profile = Profile.open(tmp_path / "made")
-    answer = dry_load(project, line, {NAME: profile}, Runner()).cases[NAME]
+    answer = dry_load(project, line, {NAME: profile}, Runner())[NAME]
     for load in (answer.target, *answer.drafts.values()):
         assert load.error is None
         assert load.read > 0

@@ -31,7 +31,7 @@ def record_verdicts(project: Project, runner: Runner, names: Collection[str] = (
     releases = {name: line.vllm for name, line in matrix.line.items()}
     dispositions = read_dispositions(project.root / DISPOSITIONS)
     for name, profile in profiles.items():
-        cases = {line: answer.cases[name] for line, answer in answers.items()}
+        cases = {line: answer[name] for line, answer in answers.items()}
         # What is broken is measured by what it was to be.
         artifact = nearest(profile) if variants[name].breaks else None
         report = inspect(profile, releases, dispositions, cases, artifact=artifact)

@@ -35,7 +35,7 @@ def ready(project: Project, line_name: str) -> str:
 
 def dry_load(
     project: Project, line_name: str, profiles: Mapping[str, Profile], runner: Runner
-) -> loading.Answers:
+) -> dict[str, loading.Answer]:
     """Let a line's vLLM, with its series, load checkpoints without data, on its first SKU."""
     where = f"line {line_name}"
     with (
@@ -71,5 +71,5 @@ def dry_loads(
         if resolve_by == "auto" and (why := ready(project, name)):
             console.print(f"line {name} is judged by rules, without its vLLM: {why}", markup=False)
             continue
-        answers[name] = dry_load(project, name, {NAME: profile}, runner).cases[NAME]
+        answers[name] = dry_load(project, name, {NAME: profile}, runner)[NAME]
     return answers

@@ -14,7 +14,7 @@ from vllm_forge.checkpoints.errors import (
     CheckpointRefusedError,
     CheckpointUnreadableError,
 )
-from vllm_forge.checkpoints.inspect.dry_load import Answer, Answers
+from vllm_forge.checkpoints.inspect.dry_load import Answer
 from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.matrix.errors import UnknownLineError
@@ -233,9 +233,9 @@ class TestDryLoad:
     ) -> None:
         asked: list[str] = []
 
-        def dry_load(_project: object, line: str, *_: object) -> Answers:
+        def dry_load(_project: object, line: str, *_: object) -> dict[str, Answer]:
             asked.append(line)
-            return Answers(vllm="", cases={"checkpoint": CLEAN})
+            return {"checkpoint": CLEAN}
 
         monkeypatch.setattr(proof, "ready", lambda *_: "")
         monkeypatch.setattr(proof, "dry_load", dry_load)

@@ -25,12 +25,12 @@ from tests.support.layouts import (
     write_layout,
 )
 from tests.support.layouts import NVFP4 as NVFP4_GROUP
-from tests.support.variants import Change, apply_changes, load_variants
+from tests.support.variants import Change, apply_changes, check_id, load_variants
 from vllm_forge.checkpoints.architecture import Config
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect.checks_config import activations
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, check_id, summarize
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, summarize
 from vllm_forge.checkpoints.inspect.inspection import applies, find_all
 from vllm_forge.checkpoints.inspect.manifest import nearest
 from vllm_forge.checkpoints.inspect.profile import Format

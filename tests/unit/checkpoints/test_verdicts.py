@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.variants import load_variants
+from tests.support.variants import check_id, load_variants
 from tests.support.verdicts import VERDICTS
-from vllm_forge.checkpoints.inspect.findings import ALIASES, CHECKS, FAULTS, check_id, label
+from vllm_forge.checkpoints.inspect.findings import ALIASES, FAULTS, label
 from vllm_forge.checkpoints.inspect.inspection import Outcome
 from vllm_forge.matrix import load
 
@@ -64,8 +64,9 @@ def test_every_fault_of_the_table_is_used_and_every_check_is_documented() -> Non
     code = "".join(path.read_text() for path in folder.glob("*.py"))
     assert [fault for fault in FAULTS if f'"{fault}"' not in code] == []
     page = (ROOT / "docs/generated/checks.md").read_text()
-    assert set(ALIASES) <= CHECKS
-    for check in CHECKS:
+    checks = {row["check"] for row in FAULTS.values()}
+    assert set(ALIASES) <= checks
+    for check in checks:
         assert f"`{check}`" in page, check
         assert check not in ALIASES or f"| {ALIASES[check]} |" in page, check
 
@@ -73,8 +74,6 @@ def test_every_fault_of_the_table_is_used_and_every_check_is_documented() -> Non
 def test_a_number_is_an_alias_of_its_check() -> None:
     assert check_id("G01") == check_id("missing-mtp") == "missing-mtp"
     assert (label("missing-mtp"), label("files")) == ("missing-mtp (G01)", "files")
-    with pytest.raises(ValueError, match="unknown check 'G99'"):
-        check_id("G99")
 
 
 @pytest.mark.parametrize("name", [name for name, row in VARIANTS.items() if not row.breaks])

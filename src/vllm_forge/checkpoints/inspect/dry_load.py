@@ -58,7 +58,6 @@ class Resolved(FrozenModel):
 
 class Load(FrozenModel):
     error: Stop | None
-    parameters: int = 0
     read: int = 0
     short: tuple[Short, ...] = ()
     casts: tuple[Cast, ...] = ()
@@ -71,11 +70,6 @@ class Answer(FrozenModel):
 
     target: Load
     drafts: dict[str, Load]
-
-
-class Answers(FrozenModel):
-    vllm: str
-    cases: dict[str, Answer]
 
 
 def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> None:
@@ -104,18 +98,18 @@ def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> No
             path.chmod(0o755)
 
 
-def read_answers(output: str, where: str, names: Sequence[str]) -> Answers:
+def read_answers(output: str, where: str, names: Sequence[str]) -> dict[str, Answer]:
     """Parse what meta_load.py printed last; DryLoadError unless it answers every case."""
     lines = output.strip().splitlines()
     try:
-        data = parse_json(lines[-1])
-        for name, row in data["cases"].items():
+        rows = parse_json(lines[-1])
+        for name, row in rows.items():
             if "fault" in row:
                 raise DryLoadError(f"the dry load of {name} failed:\n{row['fault']}", where=where)
-        answers = Answers.model_validate(data)
+        answers = {name: Answer.model_validate(row) for name, row in rows.items()}
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         what = f"vLLM gave no answer: {type(error).__name__}"
         raise DryLoadError(what, where=where, remedy=output[-2000:]) from None
-    if missing := sorted(set(names) - set(answers.cases)):
+    if missing := sorted(set(names) - answers.keys()):
         raise DryLoadError(f"vLLM gave no answer for {', '.join(missing)}", where=where)
     return answers

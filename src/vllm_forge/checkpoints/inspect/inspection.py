@@ -10,7 +10,7 @@ from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefu
 from vllm_forge.checkpoints.inspect import checks_config, checks_tensors
 from vllm_forge.checkpoints.inspect.checks_config import weights_only_experts
 from vllm_forge.checkpoints.inspect.dry_load import Answer, Load
-from vllm_forge.checkpoints.inspect.findings import CheckId, Effect, Finding, Scope, label
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, label
 from vllm_forge.checkpoints.inspect.manifest import (
     against_record,
     config_facts,
@@ -63,7 +63,7 @@ class LineVerdict(FrozenModel):
     """What a line does with a checkpoint."""
 
     outcome: Outcome
-    checks: tuple[CheckId, ...]  # of the findings that count on this line
+    checks: tuple[str, ...]  # of the findings that count on this line
     why: tuple[str, ...]  # reasons for what it does not do
     line: str
     vllm: str
