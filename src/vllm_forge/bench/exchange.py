@@ -30,6 +30,7 @@ ACCEPTANCE, POSITIONS = "spec_decode_acceptance_rate", "spec_decode_per_position
 TTFT, TPOT = "mean_ttft_ms", "mean_tpot_ms"
 ROUNDING = 1e-9  # relative, of figures that must be equal
 LARGEST = 1e15  # of a figure
+UNITS = 0.01  # relative, by which tokens over seconds may differ from the rate of the same file
 Figures = dict[str, float]
 
 
@@ -94,7 +95,7 @@ def pytorch_records(arm: Arm) -> list[dict[str, Any]]:
 
 def read_run(path: Path) -> Run:
     """One cell of `vllm bench serve` or GuideLLM, by its JSON; ResultFileError."""
-    remedy = "give the JSON of `vllm bench serve --save-result`, or of `guidellm run`"
+    remedy = "give the JSON of `vllm bench serve --save-result`, or of `guidellm run` (0.8.1)"
     return read_data(path, _parse, ResultFileError, what="result of another tool", remedy=remedy)
 
 
@@ -183,12 +184,14 @@ def _flat(figures: Mapping[str, Any]) -> Figures:
     return {k: v for k, v in figures.items() if not isinstance(v, list)} | rates
 
 
-def _parse(document: Mapping[str, Any]) -> Run:
+def _parse(document: Any) -> Run:
+    if not isinstance(document, dict):
+        raise ValueError("expected an object with a result")  # noqa: TRY004 - read_data reports it
     run = _guidellm(document) if "benchmarks" in document else _vllm(document)
     if missing := [name for name in (RATE, TTFT, TPOT) if name not in run.figures]:
         raise ValueError(f"no number {missing[0]}")
     for name, value in run.figures.items():
-        if not 0 <= value <= LARGEST:
+        if type(value) not in {int, float} or not 0 <= value <= LARGEST:
             raise ValueError(f"{name} is not a number of 0 to {LARGEST:g}")
     return run
 
@@ -196,18 +199,28 @@ def _parse(document: Mapping[str, Any]) -> Run:
 def _vllm(document: Mapping[str, Any]) -> Run:
     names = (RATE, TTFT, TPOT, ACCEPTANCE, POSITIONS)
     known = {name: document[name] for name in names if name in document}
-    answers = int(document["completed"])
-    length = document["total_output_tokens"] / max(1, answers)
+    answers, tokens = _count(document, "completed"), _count(document, "total_output_tokens")
+    seconds, rate = document.get("duration"), document.get(RATE, 0)
+    if seconds is not None and not math.isclose(tokens / seconds, rate, rel_tol=UNITS):
+        raise ValueError(f"{RATE} is {rate}, not {tokens} tokens in {seconds} s")
     return Run(
         tool="vllm bench serve",
         concurrency=document["max_concurrency"],
         answers=answers,
-        failed=int(document["failed"]),
-        figures={LENGTH: length, **_flat(known)},
+        failed=_count(document, "failed"),
+        figures={LENGTH: tokens / max(1, answers), **_flat(known)},
     )
 
 
+def _count(document: Mapping[str, Any], name: str) -> int:
+    if type(count := document[name]) is not int or count < 0:
+        raise ValueError(f"{name} is not a count")
+    return count
+
+
 def _guidellm(document: Mapping[str, Any]) -> Run:
+    if len(document["benchmarks"]) != 1:
+        raise ValueError(f"expected one benchmark, not {len(document['benchmarks'])}")
     (benchmark,) = document["benchmarks"]
     metrics, totals = benchmark["metrics"], benchmark["metrics"]["request_totals"]
     asked = benchmark["requests"]["successful"]
@@ -216,8 +229,8 @@ def _guidellm(document: Mapping[str, Any]) -> Run:
     return Run(
         tool=printable(f"guidellm {document['metadata']['guidellm_version']}"[:40]),
         concurrency=benchmark["config"]["strategy"].get("streams"),
-        answers=int(totals["successful"]),
-        failed=int(totals["errored"]) + int(totals["incomplete"]),
+        answers=_count(totals, "successful"),
+        failed=_count(totals, "errored") + _count(totals, "incomplete"),
         figures={
             LENGTH: math.fsum(tokens) / len(tokens),
             RATE: metrics["output_tokens_per_second"]["successful"]["mean"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -124,8 +125,17 @@ def test_rows_are_recorded_and_a_difference_is_red(
      ({**VLLM, "max_concurrency": 8}, InvalidResultError, "concurrency 8 against 4"),
      ({**VLLM, "completed": 31}, InvalidResultError, "31 answers against 32"),
      ({"completed": 1}, ResultFileError, "total_output_tokens"),
-     ({"benchmarks": []}, ResultFileError, "not enough values"),
-     ([], ResultFileError, "invalid result of another tool")],
+     ({**VLLM, "completed": "32"}, ResultFileError, "completed is not a count"),
+     ({**VLLM, "failed": True}, ResultFileError, "failed is not a count"),
+     ({**VLLM, "output_throughput": "129"}, ResultFileError, "throughput is not a number"),
+     ({**VLLM, "mean_ttft_ms": math.nan}, ResultFileError, "mean_ttft_ms is not a number"),
+     ({**VLLM, "spec_decode_per_position_acceptance_rates": "ab"}, ResultFileError,
+      "acceptance_rates is not a number"),
+     ({**VLLM, "duration": 15841.5}, ResultFileError, "not 2048 tokens in 15841.5 s"),
+     ({"benchmarks": []}, ResultFileError, "expected one benchmark, not 0"),
+     ({"results": {"gsm8k": {"exact_match,strict-match": 0.9}}}, ResultFileError,
+      "missing key 'completed'"),
+     ([], ResultFileError, "expected an object")],
 )  # fmt: skip
 def test_other_conditions_are_refused(
     document: object, error: type[Exception], message: str, exact: Path, tmp_path: Path
