@@ -18,6 +18,7 @@ from threading import Lock
 from typing import Any, Self
 
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError, HubUnreachableError
+from vllm_forge.checkpoints.fixtures.sparse import SIGN
 from vllm_forge.checkpoints.tensors import CONFIG, INDEX, MAX_NAME, StoredTensor, read_header
 from vllm_forge.host import open_plain, parse_json, printable
 
@@ -33,6 +34,7 @@ HUB_RETRIES = 2  # of a range, after a lost connection, a 429 or a 5xx
 SHOWN = 200  # characters of a name that the user gave
 READERS = 16  # range requests at a time
 SUFFIX = ".safetensors"
+LEAST_STORED = 0.1  # of a checkpoint's bytes; quantized weights do not compress, holes take none
 OPTIONAL = ("layers.", "embed.", "norm.", "hc_head")  # after "model."
 QUANTIZATION = "quantization_config"
 # ModelOpt before 0.31 writes it next to config.json (vLLM 0.33.0, transformers_utils/
@@ -48,6 +50,11 @@ class CheckpointSource(ABC):
     """
 
     sizes: Mapping[str, int]
+
+    @property
+    def worthless(self) -> str:
+        """By what its files are those of a rehearsal, whatever they say; empty if they are not."""
+        return ""
 
     def error(self, what: str, remedy: str = "") -> CheckpointUnreadableError:
         return CheckpointUnreadableError(what, where=self, remedy=remedy)
@@ -112,6 +119,17 @@ class Folder(CheckpointSource):
         except OSError as error:
             what = f"cannot read the folder: {error.strerror}"
             raise CheckpointUnreadableError(what, where=str(self)[:SHOWN]) from None
+
+    @property
+    def worthless(self) -> str:
+        if (self.path / SIGN).exists():
+            return f"it has {SIGN}"
+        shards = [file.stat() for name, file in self.files.items() if name.endswith(SUFFIX)]
+        stored, size = (
+            sum(512 * shard.st_blocks for shard in shards),
+            sum(s.st_size for s in shards),
+        )
+        return f"{stored} of its {size} bytes are on disk" if stored < size * LEAST_STORED else ""
 
     def __str__(self) -> str:
         return printable(str(self.path))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vllm_forge.checkpoints.fixtures import sparse
 from vllm_forge.host import atomic_path, parse_json, write_json
 
 if TYPE_CHECKING:
@@ -27,10 +28,7 @@ MAX_NUMBER = 1 << 63
 MAX_NAME = 200  # characters; the longest of any artifact have 60
 CHUNK = 1 << 24
 FIRST_READ = 1 << 20  # holds most headers: one request instead of two
-DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2,
-    "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
+DTYPE_BYTES = sparse.DTYPE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

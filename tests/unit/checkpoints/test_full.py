@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -29,8 +30,9 @@ from vllm_forge.checkpoints.errors import (
 )
 from vllm_forge.checkpoints.fixtures import full, sparse
 from vllm_forge.checkpoints.fixtures.sparse import MARK
+from vllm_forge.checkpoints.inspect.checks_tensors import files as files_of
 from vllm_forge.checkpoints.inspect.manifest import named
-from vllm_forge.checkpoints.inspect.profile import Part, part_of
+from vllm_forge.checkpoints.inspect.profile import Part, Profile, part_of
 from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.host import files, tree_bytes
@@ -122,6 +124,20 @@ def test_removed_marks_are_found_and_change_the_identity(
     assert "differ on whether it is a rehearsal" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("sign", [True, False], ids=["sign", "holes"])
+def test_rehearsal_without_its_marks_is_found(sign: bool, tmp_path: Path) -> None:
+    row = {"dtype": "BF16", "shape": [BIG // 2], "data_offsets": [0, BIG // 2 * 2]}
+    shards = {"a.safetensors": json.dumps({"embed.weight": row})}
+    full.write_full(hole() | {"shards": shards}, tmp_path / "made")
+    (tmp_path / "made" / sparse.MANIFEST).unlink()
+    (tmp_path / "made/config.json").write_text(json.dumps(layout_config("card")))
+    if not sign:
+        (tmp_path / "made" / sparse.SIGN).rmdir()
+    (found, *_) = files_of(Profile.open(tmp_path / "made"))
+    assert found.check == "rehearsal"
+    assert ("this-is-a-rehearsal" if sign else "bytes are on disk") in found.what
+
+
 def numbers(tensor: StoredTensor) -> np.ndarray[Any, Any]:
     data = bytes(tensor.read())
     if tensor.dtype == "BF16":
@@ -172,7 +188,8 @@ def hole(size: int = BIG) -> dict[str, Any]:
     """A recipe of two files with a hole each."""
     row = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
     shards = {f"{name}.safetensors": json.dumps({name: row}) for name in "ab"}
-    blank = {"mark": "x", "seed": 1, "experts": 1, "texts": {}, "drawn": {}}
+    texts = {"config.json": json.dumps({MARK: "x"})}
+    blank = {"mark": "x", "seed": 1, "experts": 1, "texts": texts, "drawn": {}}
     return {**blank, "shards": shards}
 
 
@@ -256,6 +273,58 @@ def test_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["recipe"]
 
 
+def row_of(**changes: object) -> dict[str, Any]:
+    """A recipe whose only tensor has another row than hole(8)'s."""
+    row = {"dtype": "U8", "shape": [8], "data_offsets": [0, 8], **changes}
+    return {"shards": {"a.safetensors": json.dumps({"a": row})}}
+
+
+def text_of(name: str, text: object = "x") -> dict[str, Any]:
+    return {"texts": {**hole()["texts"], name: text}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (text_of("../evil"), "'../evil' is not the name of a file"),
+        (text_of("/evil"), "'/evil' is not the name of a file"),
+        (text_of(sparse.MANIFEST), "'manifest.json' is not the name"),
+        (text_of("a", 3), "not a string"),
+        ({"shards": {"../evil": "{}"}}, "'../evil' is not the name of a file"),
+        ({"mark": "another"}, "lacks its mark"),
+        ({"mark": None}, "lacks its mark"),
+        (text_of("config.json", "{}"), "lacks its mark"),
+        ({"seed": None, "drawn": None}, "not a recipe"),
+        (row_of(shape=[9]), "other offsets"),
+        (row_of(data_offsets=[-8, 0]), "other offsets"),
+        (row_of(shape=[10**18], data_offsets=[0, 10**18]), "other offsets"),
+        (row_of(dtype="F4"), "not a recipe: KeyError"),
+        ({"shards": dict.fromkeys(["a.safetensors", "b.safetensors"],
+                                  row_of()["shards"]["a.safetensors"])}, "a is in two files"),
+        ({"drawn": {"a": 10**12}}, "cannot draw"),
+        ({"drawn": {"a": -1}}, "cannot draw"),
+        ({"drawn": {"other": 1}}, "not a recipe: KeyError"),
+    ],
+)  # fmt: skip
+def test_recipe_that_was_edited_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        sparse.write_sparse(hole(8) | change, tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"null", b"\x1f\x8b\x08" + b"\xff" * 40])
+def test_program_refuses_other_files(content: bytes, tmp_path: Path) -> None:
+    full.write_recipe(hole(8), tmp_path / "recipe")
+    packed = content if content[:1] == b"\x1f" else gzip.compress(content)
+    (tmp_path / "recipe" / sparse.RECIPE).write_bytes(packed)
+    done = program(tmp_path / "recipe", tmp_path / "made")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"sparse.py: cannot write {tmp_path}/made: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe"]
+
+
 def test_recipe_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     full.write_recipe(hole(4096), tmp_path / "recipe")
     recipe = tmp_path / "recipe" / sparse.RECIPE
@@ -287,7 +356,7 @@ def test_tmpfs_which_allocates_what_is_read_is_refused() -> None:
         assert list(Path(folder).iterdir()) == []
 
 
-@pytest.mark.parametrize("size", [100, -1])
+@pytest.mark.parametrize("size", [100, -1, 1])
 def test_truncated_shard_is_refused(
     size: int,
     tmp_path: Path,
@@ -296,7 +365,7 @@ def test_truncated_shard_is_refused(
 ) -> None:
     folder = shutil.copytree(rehearsal("card"), tmp_path / "copy")
     shard = folder / f"model-00002-of-{SHARDS:05}.safetensors"
-    os.truncate(shard, size if size > 0 else shard.stat().st_size + size)
+    os.truncate(shard, size if size > 1 else shard.stat().st_size + size)
     code = main(["checkpoint", "inspect", str(folder), "--resolve=rules"])
     assert code == CheckpointUnreadableError.exit_code
     assert f"{shard.name} is not a whole safetensors file" in capsys.readouterr().err

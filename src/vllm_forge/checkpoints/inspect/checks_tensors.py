@@ -54,6 +54,8 @@ def files(profile: Profile) -> Iterator[Finding]:
     """Shards, index and sizes agree, and what serving needs beside the tensors is there."""
     if mark := profile.config.get(MARK):
         yield finding("rehearsal", printable(str(mark))[:SHOWN])
+    elif reason := profile.source.worthless:
+        yield finding("rehearsal", f"an artifact without its mark: {reason}")
     if missing := profile.missing_shards:
         total = len(set((profile.index or {}).values()))
         effect = Effect.REFUSES if profile.tensors else Effect.NOTES
