@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.harness.run import open_caches
-from vllm_forge.images.layer import ZSTD
+from vllm_forge.images.layer import ZSTD, members
 from vllm_forge.images.layout import read_image
 from vllm_forge.images.prewarm import FOLDERS, SCRIPT, place_of
+from vllm_forge.images.wheels import site_packages
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,7 +45,7 @@ def test_kernels_are_the_last_layer_and_the_entrypoint_finds_them(
     plain = read_image(sibling.root / "dist" / ALPHA)
     made = read_image(tmp_path / "out" / ALPHA)
     # The layers below are those of the image without, but for the record in the last of them.
-    assert made.manifest["layers"][:-2] == plain.manifest["layers"][:-1]
+    assert made.manifest["layers"][:-3] == plain.manifest["layers"][:-1]
     config = made.config["config"]
     assert config["Entrypoint"] == [SCRIPT, "vllm", "serve"]
     record = json.loads((tmp_path / "out" / f"{ALPHA}.json").read_text())
@@ -53,6 +54,12 @@ def test_kernels_are_the_last_layer_and_the_entrypoint_finds_them(
     assert config["Labels"]["io.vllm-forge.prewarm"] == record["stack"]["prewarm"]["sha256"]
     assert made.manifest["layers"][-1]["mediaType"] == ZSTD
     assert record["stack"]["prewarm"]["key"]["compute_capability"] == "10.0"
+    # The image's own Python compiled its library and the environment, which it finds as they are.
+    names = {name for name, info, _ in members(made.layers[-2].blob) if info.isreg()}
+    assert f"{site_packages('3.13')}/vllm/__pycache__/__init__.cpython-313.pyc" in names
+    assert "usr/lib/python3.13/__pycache__/os.cpython-313.pyc" in names
+    assert record["checks"]["bytecode"]["detail"] == f"{len(names)} files"
+    assert not [row for row in config["Env"] if row.startswith("PYTHONPYCACHEPREFIX=")]
     assert all(verdict["passed"] for verdict in record["checks"].values())
 
 
