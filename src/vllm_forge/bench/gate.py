@@ -66,11 +66,10 @@ def gate(
         if any(_has_data(row, arm) for arm in arms) and not (one_size and row.per == "gpu")
     ]
     if not outcomes:
-        raise InvalidResultError(
-            "the results have data for none of the gates",
-            where=f"{reference.path}, {candidate.path}",
-            remedy=f"measure what they compare, or name another --gate than {', '.join(gates)}",
-        )
+        what = "the results have data for none of the gates"
+        where = f"{reference.path}, {candidate.path}"
+        remedy = f"measure what they compare, or name another --gate than {', '.join(gates)}"
+        raise InvalidResultError(what, where=where, remedy=remedy)
     return _corrected(outcomes)
 
 
@@ -79,10 +78,9 @@ def require_pass(outcomes: Iterable[Outcome]) -> None:
     rows = list(outcomes)
     for word, error in ((Word.FAIL, GateFailedError), (Word.UNDECIDED, GateUndecidedError)):
         if hit := [row for row in rows if row.word is word]:
-            raise error(
-                f"{word}: " + "; ".join(f"{row.gate} ({row.reason})" for row in hit),
-                remedy="`bench plan` says how much data a margin needs",
-            )
+            reasons = "; ".join(f"{row.gate} ({row.reason})" for row in hit)
+            remedy = "`bench plan` says how much data a margin needs"
+            raise error(f"{word}: {reasons}", remedy=remedy)
 
 
 def _has_data(row: Gate, arm: Arm) -> bool:

@@ -19,7 +19,7 @@ from pydantic import Field
 from vllm_forge.bench.client import Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.measure import add_start, progress, require_same
-from vllm_forge.bench.results import Conditions, Row, Setup, Start, parse_lines, read_arm
+from vllm_forge.bench.results import Row, Setup, Start, parse_lines, read_arm
 from vllm_forge.bench.sandbox import require_sandbox
 from vllm_forge.bench.scoring import THOUGHT, score
 from vllm_forge.bench.workloads import Loaded
@@ -55,11 +55,9 @@ class Answers:
             return
         old, size = read_answers(self.path, self.header)
         if old.header != self.header:
-            raise InvalidResultError(
-                f"the answers are of another {_difference(old.header, self.header)}",
-                where=str(self.path),
-                remedy="give another --output, or what they were begun with",
-            )
+            what = f"the answers are of another {_difference(old.header, self.header)}"
+            remedy = "give another --output, or what they were begun with"
+            raise InvalidResultError(what, where=self.path, remedy=remedy)
         os.truncate(self.path, size)
         self.kept = old.kept
 
@@ -126,7 +124,7 @@ def measure_quality(
     answers = Answers(path, Header(model=model, license=loaded.license, arm=setup))
     with _alone(path, wait=False):
         answers.read()
-        ask(url, list(loaded.prompts()), setup.conditions, answers)
+        ask(url, list(loaded.prompts()), answers)
         now = setup_now()
         if changed := [name for name, value in setup if getattr(now, name) != value]:
             what = f"this host's {changed[0]} changed during the run"
@@ -221,7 +219,7 @@ def _difference(old: Header, new: Header) -> str:
     return f"{name}: {before[name]!r}, now {now[name]!r}"
 
 
-def ask(url: str, prompts: Sequence[Prompt], conditions: Conditions, answers: Answers) -> None:
+def ask(url: str, prompts: Sequence[Prompt], answers: Answers) -> None:
     """Ask what is left, and keep each answer; InvalidResultError if requests failed."""
     left = [prompt for prompt in prompts if (prompt.item, prompt.repeat) not in answers.kept]
     if not left:
@@ -235,13 +233,11 @@ def ask(url: str, prompts: Sequence[Prompt], conditions: Conditions, answers: An
             keep(answer)
             advance(answer)
 
-        _, asked = ask_all(url, answers.header.model, left, conditions, show)
+        header = answers.header
+        _, asked = ask_all(url, header.model, left, header.arm.conditions, show)
     if failed := sum(answer.finish == "error" for answer in asked):
-        raise InvalidResultError(
-            f"{failed} failed requests",
-            where=url,
-            remedy=f"see the server's log, and run this again: {answers.path} has the others",
-        )
+        remedy = f"see the server's log, and run this again: {answers.path} has the others"
+        raise InvalidResultError(f"{failed} failed requests", where=url, remedy=remedy)
 
 
 def _rows(loaded: Loaded, answers: Answers) -> list[Row]:
@@ -249,11 +245,9 @@ def _rows(loaded: Loaded, answers: Answers) -> list[Row]:
     kept = answers.kept
     thought = any(row.reasoning or THOUGHT in row.text for row in kept.values())
     if thought != loaded.row.thinking:
-        raise InvalidResultError(
-            f"the workload's thinking is {loaded.row.thinking}, but the answers say {thought}",
-            where=str(answers.path),
-            remedy="serve with a chat template that has a switch for thinking",
-        )
+        what = f"the workload's thinking is {loaded.row.thinking}, but the answers say {thought}"
+        remedy = "serve with a chat template that has a switch for thinking"
+        raise InvalidResultError(what, where=answers.path, remedy=remedy)
     items = {item.name: item for item in loaded.items}
     advance = progress(len(kept), "answers")
     rows = []

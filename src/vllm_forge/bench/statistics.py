@@ -95,12 +95,11 @@ def fisher(first: tuple[int, int], second: tuple[int, int]) -> float:
 
 def holm(values: Sequence[float]) -> list[float]:
     """Adjusted p-values, in the order of ``values``."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    adjusted, largest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = largest
-    return adjusted
+    order = np.argsort(values, kind="stable")
+    scaled = np.asarray(values)[order] * np.arange(len(values), 0, -1)
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
+    return [float(p) for p in adjusted]
 
 
 def tango(gained: Any, lost: Any, of: Any, difference: Any) -> Any:

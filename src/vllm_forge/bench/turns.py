@@ -153,7 +153,7 @@ class Run:
             path = answers_path(record, order)
             remove(path)  # of a start that did not end
             header = Header(model=model, license=license_, arm=setup)
-            ask(self.plan.url, prompts, setup.conditions, Answers(path, header))
+            ask(self.plan.url, prompts, Answers(path, header))
 
 
 def run_plan(
@@ -241,11 +241,9 @@ def _require_no_failure(journal: Journal, output: Path, *, retry: bool) -> None:
     last = {row.order: row for row in journal.attempts}
     if not retry and (failed := [row for row in last.values() if row.state == "failed"]):
         row = min(failed, key=lambda row: row.order)
-        raise StartFailedError(
-            f"start {row.order} of arm {row.arm} failed before: {row.error}",
-            where=output / JOURNAL,
-            remedy="remove the cause and add --retry; the failed attempt stays in the file",
-        )
+        what = f"start {row.order} of arm {row.arm} failed before: {row.error}"
+        remedy = "remove the cause and add --retry; the failed attempt stays in the file"
+        raise StartFailedError(what, where=output / JOURNAL, remedy=remedy)
 
 
 def _attempt(journal: Journal, path: Path, order: int, run: Run) -> Journal:

@@ -32,7 +32,7 @@ class Word(StrEnum):
     UNDECIDED = "undecided"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Verdict:
     """A row of the page; ``p``: of the test with its bound, before and after Holm's correction."""
 
@@ -103,8 +103,7 @@ def _judge(row: claims.Claim, file: ClaimsFile, runs: Mapping[str, RawRun]) -> V
 def _comparison(row: claims.Comparison, file: ClaimsFile, _: object) -> Verdict:
     """Undecided unless the difference is there whatever the pairing, and after the correction."""
     if row.second is None:
-        detail = "the reference was not measured"
-        return Verdict(word=Word.UNDECIDED, method="none", n="0", detail=detail)
+        return Verdict(Word.UNDECIDED, "none", "0", "the reference was not measured")
     shares = (row.first, row.second)
     for share in shares:
         if not share.counts():
@@ -112,10 +111,10 @@ def _comparison(row: claims.Comparison, file: ClaimsFile, _: object) -> Verdict:
     n = " v ".join(map(_printed_counts, shares))
     if max(share.answers for share in shares) > 1:
         detail = "answers of one item are not independent: only scores by item can show it"
-        return Verdict(word=Word.UNDECIDED, method="none", n=n, detail=detail)
+        return Verdict(Word.UNDECIDED, "none", n, detail)
     if row.flips is not None and not _possible(row.flips, *shares):
         detail = f"flips {row.flips[0]} v {row.flips[1]} cannot give these totals"
-        return Verdict(word=Word.CONTRADICTED, method="arithmetic", n=n, detail=detail)
+        return Verdict(Word.CONTRADICTED, "arithmetic", n, detail)
     interval = statistics.share_difference(*((share.count() or 0, share.of) for share in shares))
     p, method, detail, pairing = _difference(row, *shares)
     a, b = (file.arm[share.arm] for share in shares)
@@ -131,7 +130,7 @@ def _comparison(row: claims.Comparison, file: ClaimsFile, _: object) -> Verdict:
     if pairing and p >= ALPHA:
         detail += f"; {pairing}"
     scaled = Interval(*(100 * end for end in interval))
-    return Verdict(word=word, method=method, n=n, detail=detail, interval=scaled, p=p)
+    return Verdict(word, method, n, detail, interval=scaled, p=p)
 
 
 def _printed_counts(share: Share) -> str:
@@ -198,7 +197,7 @@ def _corrected(verdict: Verdict, adjusted: float) -> Verdict:
 
 def _impossible(share: Share) -> Verdict:
     detail = f"no count of {share.all} gives {share.value}"
-    return Verdict(word=Word.CONTRADICTED, method="arithmetic", n=str(share.all), detail=detail)
+    return Verdict(Word.CONTRADICTED, "arithmetic", str(share.all), detail)
 
 
 @_judge.register
@@ -210,13 +209,12 @@ def _single(row: claims.Single, *_: object) -> Verdict:
     low, high = 100 * found.low, 100 * found.high
     detail = f"95 % interval {low:.1f} to {high:.1f} %; compared with nothing"
     n = _printed_counts(row.share)
-    return Verdict(word=Word.CONSISTENT, method="Wilson", n=n, detail=detail)
+    return Verdict(Word.CONSISTENT, "Wilson", n, detail)
 
 
 @_judge.register
 def _bare(_: claims.Bare, *__: object) -> Verdict:
-    detail = "neither a count nor repeats were published"
-    return Verdict(word=Word.UNDECIDED, method="none", n="1", detail=detail)
+    return Verdict(Word.UNDECIDED, "none", "1", "neither a count nor repeats were published")
 
 
 @_judge.register
@@ -227,11 +225,11 @@ def _derived(row: claims.Derived, *_: object) -> Verdict:
     detail = f"{rule.label}: {rule.compute(*map(number, row.of)):.4g}"
     if not follows(rule, operands).meets(printed):
         detail += _otherwise(row, operands, printed)
-        return Verdict(word=Word.CONTRADICTED, method="arithmetic", n=n, detail=detail)
+        return Verdict(Word.CONTRADICTED, "arithmetic", n, detail)
     if row.starts is not None and row.starts < STARTS:
         detail += f"; {row.starts} start of each server, so restart noise is unknown"
-        return Verdict(word=Word.UNDECIDED, method="arithmetic, starts", n=n, detail=detail)
-    return Verdict(word=Word.CONSISTENT, method="arithmetic", n=n, detail=detail)
+        return Verdict(Word.UNDECIDED, "arithmetic, starts", n, detail)
+    return Verdict(Word.CONSISTENT, "arithmetic", n, detail)
 
 
 def _otherwise(row: claims.Derived, operands: list[Span], printed: Span) -> str:
@@ -259,7 +257,7 @@ def _range(row: claims.Range, *_: object) -> Verdict:
         found = stats.chi2_contingency(table, correction=False)
         detail += f"; spread {found.statistic / found.dof:.2f} x binomial (p {_p(found.pvalue)})"
     word = Word.CONTRADICTED if outside else Word.CONSISTENT
-    return Verdict(word=word, method="range", n=str(len(values)), detail=detail)
+    return Verdict(word, "range", str(len(values)), detail)
 
 
 @_judge.register
@@ -274,7 +272,7 @@ def _series(row: claims.Series, *_: object) -> Verdict:
         detail = f"mean difference {(low + high) / 2:.2f} [{low:.2f}, {high:.2f}]"
         detail += f", paired t p {_p(float(found.pvalue))}"
     detail += f"; the arms also differ in {row.confounded}"
-    return Verdict(word=Word.UNDECIDED, method="paired t", n=str(len(row.first)), detail=detail)
+    return Verdict(Word.UNDECIDED, "paired t", str(len(row.first)), detail)
 
 
 @_judge.register
@@ -282,7 +280,7 @@ def _order(row: claims.Order, *_: object) -> Verdict:
     right = number(row.larger) > number(row.smaller)
     detail = f"{row.larger} is {'larger' if right else 'not larger'} than {row.smaller}"
     word = Word.CONSISTENT if right else Word.CONTRADICTED
-    return Verdict(word=word, method="arithmetic", n="2", detail=detail)
+    return Verdict(word, "arithmetic", "2", detail)
 
 
 @_judge.register
@@ -295,7 +293,7 @@ def _scored(row: claims.Scored, *_: object) -> Verdict:
     detail = f"{right} right, {row.stopped} of them stopped by themselves"
     if excess > 0:
         detail += f"; truncated answers scored as right: at least {excess}"
-    return Verdict(word=word, method="truncation", n=str(row.share.all), detail=detail)
+    return Verdict(word, "truncation", str(row.share.all), detail)
 
 
 @_judge.register
@@ -310,7 +308,7 @@ def _cold_start(row: claims.ColdStart, *_: object) -> Verdict:
         word, detail = Word.UNDECIDED, "1 start, so restart noise is unknown"
         if warm > value * (1 + COLD):
             detail += f"; a cold start is in it: {warm:.1f} tok/s with each TTFT at the median"
-    return Verdict(word=word, method="cold start", n=f"{row.requests} requests", detail=detail)
+    return Verdict(word, "cold start", f"{row.requests} requests", detail)
 
 
 @_judge.register
@@ -324,7 +322,7 @@ def _makespan(row: claims.Makespan, *_: object) -> Verdict:
     if not 1 / BUSY < first.busy / second.busy < BUSY:
         detail += f"; slots are busy {first.busy:.2f} v {second.busy:.2f} of the time: "
         detail += "the ratio is of makespans, not of decoding"
-    return Verdict(word=word, method="tokens/s against wall", n="1 run each", detail=detail)
+    return Verdict(word, "tokens/s against wall", "1 run each", detail)
 
 
 @_judge.register
@@ -348,7 +346,7 @@ def _speedup(row: claims.Speedup, _: object, runs: Mapping[str, RawRun]) -> Verd
     if not unequal and printed.meets(Span(wall, wall)):
         word = Word.UNDECIDED
         detail += "; 1 start, so restart noise is unknown"
-    return Verdict(word=word, method="raw results", n=f"{len(pairs)} items", detail=detail)
+    return Verdict(word, "raw results", f"{len(pairs)} items", detail)
 
 
 def _rounded(value: float) -> Span:
