@@ -223,7 +223,14 @@ def test_full_disk_loses_no_earlier_start(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     "change",
-    [{"predicted": [1]}, {"predicted": None}, {"item": [[]]}, {"item": None}, {"prompt": 1}],
+    [
+        {"predicted": [1]},
+        {"predicted": None},
+        {"item": [[]]},
+        {"item": None},
+        {"prompt": 1},
+        {"item": "a\nb"},
+    ],
 )
 def test_malformed_prompt_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     row = {"item": "a", "prompt": "text", "predicted": {}} | change

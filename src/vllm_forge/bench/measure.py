@@ -61,8 +61,8 @@ def _prompt(row: Any) -> Prompt:
     content = row["messages"] if "messages" in row else row["prompt"]
     if not content:
         raise ValueError("an empty prompt")
-    if not isinstance(row["item"], str):
-        raise TypeError("item is not a text")
+    if not isinstance(row["item"], str) or "\n" in row["item"]:
+        raise TypeError("item is not a text of one line")
     ids = all(isinstance(token, int) for token in content)
     chat = not ids and not isinstance(content, str)
     if chat and not all(isinstance(message["content"], str) for message in content):

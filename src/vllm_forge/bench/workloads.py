@@ -237,6 +237,8 @@ def _item(keys: Keys, row: dict[str, Any]) -> Item:
     parts = {part: row[key] for part, key in keys.model_dump().items() if key}
     name = printable(str(parts.pop("item", "")))
     parts = {part: str(value) if isinstance(value, int) else value for part, value in parts.items()}
+    if "\n" in name:
+        raise ValueError("item is not one line")
     if wrong := [part for part, value in parts.items() if not isinstance(value, str)]:
         raise ValueError(f"{wrong[0]} is not a text")
     return Item(name, **parts)

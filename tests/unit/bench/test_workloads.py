@@ -117,6 +117,7 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"item": "a", "prompt": "x"}', "line 1: KeyError\\('answer'\\)"),
         (OWN + '{"item": "b", "prompt": ["x"], "answer": "y"}', "line 2: .*prompt is not a text"),
         (OWN + "[1]", "line 2"),
+        (OWN.replace('"a"', r'"a\nb"'), "line 1: item is not one line"),
         (OWN + "[" * 100_000, "line 2: .*nested too deeply"),
     ],
 )
