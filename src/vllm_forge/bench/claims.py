@@ -272,8 +272,6 @@ ROW: TypeAdapter[Claim] = TypeAdapter(Claim)
 
 
 class ClaimsFile(FrozenModel):
-    """claims.toml."""
-
     card: Text
     revision: Text
     license: Text = Field(default="unknown", description="of the raw results")

@@ -63,7 +63,6 @@ class Answers:
 
     @contextmanager
     def append(self) -> Iterator[Callable[[Answer], None]]:
-        """A function that keeps an answer."""
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(self.path, flags, 0o644), "ab") as file:

@@ -55,8 +55,6 @@ class Attempt(FrozenModel):
 
 
 class Journal(FrozenModel):
-    """All attempts of a plan."""
-
     format: Literal["bench-session/1"] = "bench-session/1"
     plan_sha256: str
     attempts: tuple[Attempt, ...] = ()
@@ -64,8 +62,6 @@ class Journal(FrozenModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What all starts of a run have."""
-
     plan: Plan
     output: Path
     parts: Sequence[list[Prompt]]  # of each concurrency

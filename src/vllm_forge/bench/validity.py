@@ -39,7 +39,6 @@ def require_comparable(reference: Arm, candidate: Arm) -> None:
 
 
 def faults(arm: Arm) -> Iterator[str]:
-    """What is wrong with one arm."""
     starts = arm.result.starts
     yield from _answer_faults(arm)
     keys = [Counter(row.key for row in arm.of_start(index)) for index in range(len(starts))]

@@ -24,8 +24,6 @@ STARTS = 5  # that the sign-flip test needs to decide anything at 5 %
 
 
 class Word(StrEnum):
-    """A verdict."""
-
     CONTRADICTED = "contradicted"
     HOLDS = "holds"
     CONSISTENT = "consistent"

@@ -88,7 +88,6 @@ def register(choices: Commands) -> None:
 
 
 def _register_servers(bench: Commands) -> None:
-    """Servers that are up, and servers that are started."""
     one = _command(bench, "serve", serve, SKU, LINE, URL, OUTPUT)
     _arm_options(one)
     one.add_argument("--caches", type=Path, action="append", required=True, metavar="DIR",
@@ -107,7 +106,6 @@ def _register_servers(bench: Commands) -> None:
 
 
 def _register_exchange(bench: Commands) -> None:
-    """Results for others, and of other tools."""
     one = _command(bench, "sign", sign, RECORD, packaged=True)
     one.add_argument("--key", type=Path, required=True, help="private key (PEM) that signs")
     one = _command(bench, "export", export, RECORD, packaged=True)
@@ -122,7 +120,6 @@ def _register_exchange(bench: Commands) -> None:
 
 
 def _workload_options(one: Parser) -> None:
-    """What is asked."""
     one.add_argument(
         "--workload", required=True, help="chat-code, aime, ...: docs/operate/bench-quality.md"
     )
@@ -133,7 +130,6 @@ def _workload_options(one: Parser) -> None:
 
 
 def _record_options(one: Parser) -> None:
-    """What is measured."""
     for name, text in (
         ("preset", "that the server was started with"),
         ("arm", "name of what is measured"),
@@ -149,7 +145,6 @@ def _record_options(one: Parser) -> None:
 
 
 def _arm_options(one: Parser) -> None:
-    """What is measured, and under which conditions."""
     _record_options(one)
     text = "prompts: JSONL with item, and prompt or messages"
     one.add_argument("--workload", type=Path, required=True, help=text)
@@ -286,7 +281,6 @@ def run(project: Project, args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> "Loaded":
-    """The workload of `_workload_options`."""
     from vllm_forge.bench import workloads
 
     source = None
