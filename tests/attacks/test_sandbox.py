@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.isolation import require_isolation
 from vllm_forge.bench import sandbox
 from vllm_forge.bench.errors import SandboxError, WorkloadFileError
-from vllm_forge.bench.sandbox import Limits, Verdict, judge
+from vllm_forge.bench.sandbox import Verdict, judge
 from vllm_forge.bench.workloads import Item
 from vllm_forge.host import which
 
@@ -123,10 +124,14 @@ def isolation() -> None:
     require_isolation()
 
 
-def verdict(program: str, expected: str, limits: Limits | None = None) -> Verdict:
+def verdict(program: str, expected: str, *, cpu: int = 10, seconds: float = 60.0) -> Verdict:
     test = f"def check(candidate):\n    assert candidate() == {expected!r}"
     item = Item("i", prompt="", test=test, entry="f")
-    return judge(item, program, limits or Limits(memory=1 << 28))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "SECONDS", seconds)
+        for name, most in (("RLIMIT_CPU", cpu), ("RLIMIT_AS", 1 << 28)):
+            patch.setitem(sandbox.LIMITS, name, most)
+        return judge(item, program)
 
 
 @pytest.mark.parametrize("name", CHEATS)
@@ -189,21 +194,21 @@ def test_program_reaches_no_network() -> None:
         assert verdict(program, [101, 111]) == Verdict(right=True)  # type: ignore[arg-type]
 
 
-ENDLESS = {
-    "loop": ("def f():\n    while True: pass", Limits(cpu_seconds=1)),
+ENDLESS: dict[str, tuple[str, dict[str, Any]]] = {
+    "loop": ("def f():\n    while True: pass", {"cpu": 1}),
     "fork bomb": (
         "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-        Limits(cpu_seconds=1),
+        {"cpu": 1},
     ),
-    "output": ("def f():\n    while True: print('x' * 65536)", Limits(cpu_seconds=1)),
+    "output": ("def f():\n    while True: print('x' * 65536)", {"cpu": 1}),
     "messages": (
-        "import os\ndef f():\n    while True: os.write(FD, b'1' * 65536)", Limits(cpu_seconds=1)
+        "import os\ndef f():\n    while True: os.write(FD, b'1' * 65536)", {"cpu": 1}
     ),
     "sleep in a session of its own": (
         "import ctypes, os, time, signal\nfor n in range(1, 65):\n"
         "    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n"
         "ctypes.CDLL(None).prctl(1, 0)\nos.setsid()\ndef f(): time.sleep(600)",
-        Limits(seconds=1.5),
+        {"seconds": 1.5},
     ),
 }  # fmt: skip
 
@@ -224,7 +229,7 @@ def mark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> byt
 def test_endless_program_is_ended_with_all_its_processes(name: str, mark: bytes) -> None:
     program, limits = ENDLESS[name]
     program = program.replace("FD", "int(__import__('sys').argv[-1])")
-    assert not verdict(program, SECRET, limits).right
+    assert not verdict(program, SECRET, **limits).right
     assert marked(mark) == []
 
 
@@ -233,7 +238,7 @@ def test_program_has_no_user_of_the_host(mark: bytes) -> None:
     task = {"prompt": "", "program": "", "entry": "f"}
     with (
         sandbox._pipes(2) as (called, _, _, replies),
-        sandbox._start("candidate", task, (called, replies), None, Limits()),
+        sandbox._start("candidate", task, (called, replies), None),
     ):
         [status] = [
             (path.parent / "status").read_text()

@@ -28,6 +28,11 @@ from vllm_forge.host import parse_json, printable, which
 
 HERE = Path(__file__).resolve().parent
 NAMESPACES = ("--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child=KILL")
+SECONDS = 60.0  # of both processes, by the clock: a busy host gives them less CPU time than that
+LIMITS = {  # of each of the two processes, see getrlimit(2)
+    "RLIMIT_CPU": 10, "RLIMIT_AS": 1 << 30, "RLIMIT_NPROC": 1, "RLIMIT_FSIZE": 0,
+    "RLIMIT_NOFILE": 32, "RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0, "RLIMIT_MEMLOCK": 0,
+}  # fmt: skip
 MOST_VERDICT = 1 << 16
 MOST_REASON = 100  # characters
 GRACE_S = 10.0
@@ -35,23 +40,6 @@ REMEDY = (
     "run this as root, or allow user namespaces (sysctl user.max_user_namespaces, "
     "kernel.apparmor_restrict_unprivileged_userns=0), on Linux 5.14 or newer, outside a container"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Of each of the two processes; ``seconds``: of both together, by the clock."""
-
-    cpu_seconds: int = 10
-    seconds: float = 60.0  # a busy host gives a process less CPU time than that
-    memory: int = 1 << 30
-
-    def as_json(self) -> str:
-        limits = {
-            "RLIMIT_CPU": self.cpu_seconds, "RLIMIT_AS": self.memory, "RLIMIT_NPROC": 1,
-            "RLIMIT_FSIZE": 0, "RLIMIT_NOFILE": 32, "RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0,
-            "RLIMIT_MEMLOCK": 0,
-        }  # fmt: skip
-        return json.dumps(limits)
 
 
 @dataclass(frozen=True)
@@ -71,19 +59,19 @@ def require_sandbox() -> None:
         raise SandboxError(f"the sandbox does not run Python: {verdict.why}", remedy=REMEDY)
 
 
-def judge(item: Item, program: str, limits: Limits = Limits()) -> Verdict:
+def judge(item: Item, program: str) -> Verdict:
     """Run a program against an item's test, which defines ``check(function)``.
 
     The item's prompt precedes both. SandboxError; WorkloadFileError for a test that is wrong.
     """
-    end = time.monotonic() + limits.seconds
+    end = time.monotonic() + SECONDS
     names = {"prompt": item.prompt, "entry": item.entry}
     with ExitStack() as stack:
         called, calls, replied, replies, verdict, said = stack.enter_context(_pipes(3))
         task = {**names, "program": program}
-        stack.enter_context(_start("candidate", task, (called, replies), None, limits))
+        stack.enter_context(_start("candidate", task, (called, replies), None))
         task = {**names, "test": item.test}
-        stack.enter_context(_start("checker", task, (calls, replied), said, limits))
+        stack.enter_context(_start("checker", task, (calls, replied), said))
         for end_of_child in (called, replies, calls, replied, said):
             end_of_child.close()  # each process is to see the end of the other
         text = _read(verdict, end)
@@ -111,13 +99,13 @@ def _pipes(count: int) -> Iterator[list[FileIO]]:
 
 @contextmanager
 def _start(
-    role: str, task: dict[str, str], pipes: Sequence[FileIO], stdout: FileIO | None, limits: Limits
+    role: str, task: dict[str, str], pipes: Sequence[FileIO], stdout: FileIO | None
 ) -> Iterator[None]:
     """A sandbox with a program of `sandbox_roles`; all its processes end with the block."""
     with (
         tempfile.TemporaryDirectory(prefix="vllm-forge-sandbox-") as root,
         subprocess.Popen(
-            argv := _argv(role, root, [str(pipe.fileno()) for pipe in pipes], limits),
+            argv := _argv(role, root, [str(pipe.fileno()) for pipe in pipes]),
             stdin=subprocess.PIPE,
             stdout=stdout or subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -146,7 +134,7 @@ def _start(
                 process.kill()
 
 
-def _argv(role: str, root: str, pipes: Sequence[str], limits: Limits) -> list[str]:
+def _argv(role: str, root: str, pipes: Sequence[str]) -> list[str]:
     tools = {name: which(name) for name in ("setpriv", "unshare")}
     for name, path in tools.items():
         if path is None:
@@ -159,7 +147,7 @@ def _argv(role: str, root: str, pipes: Sequence[str], limits: Limits) -> list[st
     return [
         str(tools["setpriv"]), "--pdeathsig", "KILL", str(tools["unshare"]), *own, *NAMESPACES,
         *isolated, str(HERE / "sandbox_init.py"), root, os.path.realpath(sys.base_prefix),
-        limits.as_json(), *isolated, "-c", program, role, *pipes,
+        json.dumps(LIMITS), *isolated, "-c", program, role, *pipes,
     ]  # fmt: skip
 
 
