@@ -39,7 +39,8 @@ def read_lines(path: Path, parse: Callable[[bytes], T], *, what: str, remedy: st
     try:
         return parse(read_plain(path, LARGEST_ROWS))
     except (OSError, ValueError, zlib.error) as error:
-        raise WorkloadFileError(f"invalid {what}: {error}", where=path, remedy=remedy) from None
+        problem = "file not found" if isinstance(error, FileNotFoundError) else str(error)
+        raise WorkloadFileError(f"invalid {what}: {problem}", where=path, remedy=remedy) from None
 
 
 def read_workload(path: Path) -> tuple[list[Prompt], str]:
