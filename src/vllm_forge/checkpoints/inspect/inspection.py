@@ -1,4 +1,4 @@
-"""An inspection: every check, a comparison with a manifest, each line's verdict; their records."""
+"""An inspection: every check, a comparison with a manifest, and each line's verdict."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
