@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ FLASH: dict[str, Any] = json.loads((ARTIFACTS / "deepseek-v4-flash.json").read_t
 DSPARK = artifact_config("deepseek-v4-flash-0731")
 
 
+@cache
 def _names(artifact: str) -> Counter[str]:
     config = artifact_config(artifact) if (ARTIFACTS / f"{artifact}.json").exists() else FLASH
     return Counter(want.name for want in named(artifact).wanted(config))
