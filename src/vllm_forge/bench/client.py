@@ -84,7 +84,24 @@ def ask_all(
     keep: Callable[[Answer], None] = lambda _: None,
 ) -> tuple[float, list[Answer]]:  # fmt: skip
     """Wall time, and an answer for each prompt, failed ones included; ``keep`` gets each."""
-    return asyncio.run(_ask_all(url, model, prompts, conditions, keep))
+    waiting, answers = iter(prompts), list[Answer]()
+
+    async def work(session: aiohttp.ClientSession) -> None:
+        for prompt in waiting:
+            answers.append(await _ask(session, url, _body(model, prompt, conditions), prompt))
+            keep(answers[-1])
+
+    async def run() -> float:
+        connector = aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        async with aiohttp.ClientSession(
+            connector=connector, timeout=timeout, read_bufsize=LARGEST_LINE
+        ) as session:
+            begin = time.perf_counter()
+            await asyncio.gather(*(work(session) for _ in range(conditions.concurrency)))
+            return time.perf_counter() - begin
+
+    return asyncio.run(run()), answers
 
 
 def is_healthy(url: str) -> bool:
@@ -158,28 +175,6 @@ def _count(text: str) -> int:
     if not 0 <= (value := float(text)) <= LARGEST_COUNT or not value.is_integer():
         raise ValueError(f"not a count: {text[:40]!r}")
     return int(value)
-
-
-async def _ask_all(
-    url: str, model: str, prompts: Sequence[Prompt], conditions: Conditions,
-    keep: Callable[[Answer], None],
-) -> tuple[float, list[Answer]]:  # fmt: skip
-    waiting = iter(prompts)
-    answers: list[Answer] = []
-
-    async def work(session: aiohttp.ClientSession) -> None:
-        for prompt in waiting:
-            answers.append(await _ask(session, url, _body(model, prompt, conditions), prompt))
-            keep(answers[-1])
-
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    async with aiohttp.ClientSession(
-        connector=connector, timeout=timeout, read_bufsize=LARGEST_LINE
-    ) as session:
-        begin = time.perf_counter()
-        await asyncio.gather(*(work(session) for _ in range(conditions.concurrency)))
-        return time.perf_counter() - begin, answers
 
 
 def _body(model: str, prompt: Prompt, conditions: Conditions) -> dict[str, Any]:

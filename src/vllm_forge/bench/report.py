@@ -4,7 +4,6 @@ A session that is kept with the project is a folder: its records with their rows
 starts, a report with its charts. The page is made of that report, which has the records' hashes.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,7 +106,7 @@ def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
     """Copy a session's results to a folder of ``target`` that is named after it and its day.
 
     ResultFileError: at a concurrency, its records have other starts than its list of starts says;
-    its name or day is not a name of a file; a file is a link; its crosscheck is of another record.
+    a file is a link; its crosscheck is of another record.
     """
     journal: Journal = read_data(
         folder / JOURNAL, Journal.model_validate, ResultFileError, what="list of starts",
@@ -125,18 +124,15 @@ def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
         what = f"by concurrency, its records have {known}, its list of starts {sorted(starts)}"
         remedy = "give the whole output folder of one session"
         raise ResultFileError(what, where=folder, remedy=remedy)
-    name = f"{sessions.pop()}-{journal.attempts[0].began[:10]}"
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        what, remedy = f"invalid name of a session or day: {name!r}", "correct it"
-        raise ResultFileError(what, where=folder, remedy=remedy)
+    began = journal.attempts[0].began
     document, charts = report(arms, gates)
     others = [row for row in journal.attempts if row.state != "done"]
-    document["began"] = journal.attempts[0].began
+    document["began"] = began
     document["refused"] = [row.model_dump(mode="json", exclude={"began"}) for row in others]
     if (folder / CROSSCHECK).exists():
         document["crosscheck"] = _crosscheck(folder / CROSSCHECK, arms)
     files = {path.name: _read(path) for path in [folder / JOURNAL, *_files(arms)]}
-    final = target / name
+    final = target / f"{sessions.pop()}-{began[:10]}"
     with atomic_path(final) as aside:
         aside.mkdir()
         for file, content in files.items():

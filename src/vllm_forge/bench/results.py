@@ -168,7 +168,7 @@ class Setup(FrozenModel):
     """What is measured: the same in all starts of a record."""
 
     arm: Name
-    session: Text = Field(description="one name for all arms that were run in turns")
+    session: Name = Field(description="of all arms that were run in turns")
     conditions: Conditions
     server: Server
     differs: Differences = ()

@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from vllm_forge.bench.client import Prompt, is_healthy
 from vllm_forge.bench.errors import ServerStartError, SessionFileError, StartFailedError
@@ -49,7 +51,7 @@ class Attempt(FrozenModel):
     order: Count
     arm: Name
     state: Literal["running", "done", "failed", "interrupted"]
-    began: str
+    began: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:+]+$")]
     seconds: Seconds = 0
     error: str = ""
 

@@ -438,7 +438,7 @@ def test_start_that_is_done_without_a_record_is_refused(planned: Callable[..., P
     folder = planned()
     output, plan = folder.parent / "output", read_plan(folder)
     rows = [
-        {"order": order, "arm": arm, "state": "done", "began": "now"}
+        {"order": order, "arm": arm, "state": "done", "began": "2026-11-30T10:00:00+00:00"}
         for order, arm in enumerate(plan.turns)
     ]
     write_json(output / JOURNAL, {"plan_sha256": plan.digest, "attempts": rows})
