@@ -7,10 +7,11 @@ tools make are in the cache; records/verdicts.json says what the inspector makes
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.support.variants import apply_changes, load_variants
+from tests.support.variants import DsparkSpec, apply_changes, load_variants
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
 from vllm_forge.checkpoints.inspect.manifest import named
@@ -28,9 +29,7 @@ ONES = {
     "U8": b"\x22", "I8": b"\x22", "I32": b"\x01\x00\x00\x00", "I64": b"\x01" + b"\x00" * 7,
 }  # fmt: skip
 SMALL = TinySpec(vocab=64, hidden=256, heads=2, q_rank=128, experts=8, expert_width=128)
-DSPARK = TinySpec(
-    vocab=64, hidden=256, heads=2, q_rank=128, experts=8, expert_width=128, dspark=True
-)
+DSPARK = DsparkSpec(**asdict(SMALL))
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 ATTENTION = {

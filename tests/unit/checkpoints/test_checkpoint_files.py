@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.checkpoint_engine import SMALL, tree_of
+from tests.support.variants import DsparkSpec
 from vllm_forge.checkpoints.architecture import (
     all_tensors,
     draft_tensors,
@@ -100,7 +101,7 @@ class TestInventory:
         assert len(names) + len(scaled) == 4705
 
     def test_the_config_says_which_drafter(self) -> None:
-        spec = TinySpec(dspark=True)
+        spec = DsparkSpec()
         names = {tensor.name for tensor in draft_tensors(spec.config())}
         assert "mtp.2.markov_head.markov_w1.weight" in names
         assert not any("enorm" in name for name in names)
