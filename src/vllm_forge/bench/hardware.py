@@ -48,11 +48,8 @@ def listed_gpus(probe: Probe) -> tuple[Gpu, ...]:
     with contextlib.suppress(ValueError):
         if gpus := parse_gpus("\n".join(rows)):  # without warnings
             return gpus
-    what, remedy = (
-        f"no GPU is listed: {printable(reply.text).strip()}",
-        "run this on the GPU's host",
-    )
-    raise ArmUnknownError(what, where="nvidia-smi", remedy=remedy)
+    what = f"no GPU is listed: {printable(reply.text).strip()}"
+    raise ArmUnknownError(what, where="nvidia-smi", remedy="run this on the host that serves")
 
 
 def gpu_states(probe: Probe) -> tuple[GpuState, ...]:
