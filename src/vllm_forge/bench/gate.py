@@ -2,11 +2,11 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_forge.bench import statistics
 from vllm_forge.bench.errors import GateFailedError, GateUndecidedError, InvalidResultError
@@ -16,6 +16,7 @@ from vllm_forge.bench.validity import require_comparable, require_distinct, requ
 from vllm_forge.matrix.model import Gate
 
 LEAST_PROMPTS = 20  # below, the ratio estimator's t is not to be trusted
+Key = TypeVar("Key", int, str)
 
 
 class Word(StrEnum):
@@ -102,15 +103,23 @@ def _judge(name: str, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | N
         return _answers(outcome, row.score or "", reference, candidate, repeat)
     if row.measure == "throughput":
         return _speed(outcome, row, reference, candidate, repeat)
+    return _drafting(outcome, row, reference, candidate)
+
+
+def _drafting(outcome: Outcome, row: Gate, reference: Arm, candidate: Arm) -> Outcome:
+    """By prompts, and by pairs of starts: a restart may change all prompts alike."""
     drafts = _drafts(candidate), _drafts(reference)
     prompts = [item for item in drafts[0] if all(arm[item].drafted for arm in drafts)]
     if len(prompts) < LEAST_PROMPTS:
         return replace(outcome, reason=f"{len(prompts)} prompts, {LEAST_PROMPTS} are needed")
     sums = [[arm[item] for item in prompts] for arm in drafts]
+    starts = [_drafts_of_starts(arm) for arm in (candidate, reference)]
+    if len(starts[0]) != len(starts[1]) or len(starts[0]) < 2:  # noqa: PLR2004 - of a difference
+        reason = "how much starts differ is unknown: two or more of each arm must draft"
+        return replace(outcome, reason=reason)
     if row.measure == "positions":
-        return _each_position(outcome, *sums)
-    pairs = [[(one.accepted, one.drafted) for one in arm] for arm in sums]
-    return _decided(outcome, statistics.acceptance(pairs[0], pairs[1], row.margin), "prompts")
+        return _each_position(outcome, sums, starts)
+    return _decided(outcome, _acceptance(sums, starts, row.margin, _accepted), "prompts")
 
 
 def _speed(
@@ -129,18 +138,36 @@ def _speed(
     return outcome
 
 
-def _each_position(outcome: Outcome, ours: list["Sums"], theirs: list["Sums"]) -> Outcome:
+def _acceptance(
+    sums: list[list["Sums"]], starts: list[list["Sums"]], margin: float,
+    counts: Callable[["Sums"], tuple[float, float]],
+) -> Margin:  # fmt: skip
+    """Candidate and reference, by prompt and by start; ``counts``: accepted, drafted."""
+    ours, theirs = ([counts(one) for one in arm] for arm in sums)
+    rates = [[accepted / drafted for accepted, drafted in map(counts, arm)] for arm in starts]
+    differences = [a - b for a, b in zip(*rates, strict=True)]
+    return statistics.steady(statistics.acceptance(ours, theirs, margin), differences, margin)
+
+
+def _accepted(one: "Sums") -> tuple[float, float]:
+    return one.accepted, one.drafted
+
+
+def _each_position(
+    outcome: Outcome, sums: list[list["Sums"]], starts: list[list["Sums"]]
+) -> Outcome:
     """All must pass; one that fails is corrected for how many there are."""
-    depths = {len(one.positions) for one in (*ours, *theirs)}
+    depths = {len(one.positions) for arm in sums for one in arm}
     if len(depths) > 1:
         return replace(outcome, reason=f"drafts of {sorted(depths)} tokens")
     depth = depths.pop()
-    tests = []
-    for place in range(depth):
-        arms = [
-            [(one.positions[place], one.drafted / depth) for one in arm] for arm in (ours, theirs)
-        ]
-        tests.append(statistics.acceptance(arms[0], arms[1], outcome.margin))
+
+    def test(place: int) -> Margin:
+        return _acceptance(
+            sums, starts, outcome.margin, lambda one: (one.positions[place], one.drafted / depth)
+        )
+
+    tests = [test(place) for place in range(depth)]
     worst = max(tests, key=lambda test: test.passes)
     fails = min(1.0, len(tests) * min(test.fails for test in tests))
     values = ", ".join(f"{100 * test.difference.value:+.2f}" for test in tests)
@@ -224,9 +251,20 @@ class Sums:
 
 
 def _drafts(arm: Arm) -> dict[str, Sums]:
-    sums: defaultdict[str, Sums] = defaultdict(Sums)
-    for row in arm.rows:
-        one = sums[row.item]
+    return _summed((row.item, row) for row in arm.rows)
+
+
+def _drafts_of_starts(arm: Arm) -> list[Sums]:
+    """Of all prompts, by the order in which the starts were run; those that drafted."""
+    orders = [start.order for start in arm.result.starts]
+    sums = _summed((orders[row.start], row) for row in arm.rows)
+    return [one for _, one in sorted(sums.items()) if one.drafted]
+
+
+def _summed(rows: Iterable[tuple[Key, Row]]) -> dict[Key, Sums]:
+    sums: defaultdict[Key, Sums] = defaultdict(Sums)
+    for key, row in rows:
+        one = sums[key]
         one.accepted += row.accepted
         one.drafted += row.drafted
         places = zip_longest(one.positions, row.positions, fillvalue=0)

@@ -151,19 +151,32 @@ def acceptance(
 ) -> Margin:
     """Accepted of drafted tokens; each prompt is (accepted, drafted) in both arms.
 
-    The ratio estimator with the prompt as its unit: drafts of a prompt are not independent. The
-    error is at least that of one draft, so that equal arms have an interval, too.
+    The ratio estimator with the prompt as its unit: drafts of a prompt are not independent. Its
+    error is the jackknife's, and its degrees of freedom are of as many equal prompts as would weigh
+    the same: a few long answers may have most of the drafts. The error is at least that of one
+    draft, so that equal arms have an interval, too.
     """
     arms = [np.asarray(rows, float) for rows in (candidate, reference)]
     rates = [float(arm[:, 0].sum() / arm[:, 1].sum()) for arm in arms]
-    residuals = [
-        (arm[:, 0] - rate * arm[:, 1]) / arm[:, 1].mean()
-        for arm, rate in zip(arms, rates, strict=True)
-    ]
-    prompts = len(candidate)
-    spread = float((residuals[0] - residuals[1]).std(ddof=1)) / math.sqrt(prompts)
+    without = [
+        (arm[:, 0].sum() - arm[:, 0]) / (arm[:, 1].sum() - arm[:, 1]) for arm in arms
+    ]  # each prompt in turn
+    prompts, weights = len(candidate), arms[0][:, 1] + arms[1][:, 1]
+    spread = math.sqrt(prompts - 1) * float((without[0] - without[1]).std())
     error = max(spread, 1 / float(arms[1][:, 1].sum()))
-    return _student(rates[0] - rates[1], error, prompts, margin)
+    freedom = float(weights.sum() ** 2 / (weights**2).sum()) - 1
+    return _student(rates[0] - rates[1], error, prompts, margin, freedom)
+
+
+def steady(found: Margin, differences: Sequence[float], margin: float) -> Margin:
+    """A test that must hold by pairs of starts, too, whose ``differences`` these are."""
+    pairs = len(differences)
+    error = max(float(np.std(differences, ddof=1)) / math.sqrt(pairs), 1e-12)
+    other = _student(math.fsum(differences) / pairs, error, pairs, margin)
+    value, low, high = found.difference
+    interval = Interval(value, min(low, other.difference.low), max(high, other.difference.high))
+    passes, fails = max(found.passes, other.passes), max(found.fails, other.fails)
+    return Margin(interval, passes, fails, found.units)
 
 
 def speed(candidate: Sequence[float], reference: Sequence[float], margin: float) -> Margin:
@@ -191,8 +204,10 @@ def _sign_flip(values: Any) -> float:
     return float((sums >= values.sum() - 1e-12).mean())
 
 
-def _student(value: float, error: float, units: int, margin: float) -> Margin:
-    freedom = units - 1
+def _student(
+    value: float, error: float, units: int, margin: float, freedom: float | None = None
+) -> Margin:
+    freedom = units - 1 if freedom is None else freedom
     reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     score = (value + margin) / error
     passes, fails = float(stats.t.sf(score, freedom)), float(stats.t.cdf(score, freedom))

@@ -142,6 +142,34 @@ def test_acceptance_is_clustered_by_prompt(rng: np.random.Generator) -> None:
     assert naive / RUNS < LEVEL - 0.1
 
 
+def test_few_long_answers_are_few_units(rng: np.random.Generator) -> None:
+    """20 prompts, whose lengths vary by a factor of e; a tenth of them has most of the drafts."""
+    passed = 0
+    for _ in range(RUNS):
+        drafted = 10 * np.maximum(4, rng.lognormal(4, 1, size=20).astype(int))
+        base = rng.beta(20, 5, size=20)
+        arms = []
+        for loss in (0.01, 0):
+            rate = np.clip(base - loss + rng.normal(0, 0.02, size=20), 0.01, 0.99)
+            arms.append(np.stack([rng.binomial(drafted, rate), drafted], axis=1))
+        found = statistics.acceptance(arms[0].tolist(), arms[1].tolist(), 0.01)
+        passed += found.passes < ALPHA
+    assert passed / RUNS < ALPHA + NOMINAL
+
+
+def test_test_of_prompts_must_hold_by_starts(rng: np.random.Generator) -> None:
+    """Equal arms; each start moves all of its prompts by 1 %, five pairs of starts."""
+    failed, naive = 0, 0
+    for _ in range(RUNS):
+        move = rng.normal(0, 0.01, size=(2, 5))
+        ours, theirs = ([(1000 * (0.7 + rate), 1000.0)] * 60 for rate in move.mean(axis=1))
+        by_prompt = statistics.acceptance(ours, theirs, 0.0)
+        found = statistics.steady(by_prompt, list(move[0] - move[1]), 0.0)
+        failed, naive = failed + (found.fails < ALPHA), naive + (by_prompt.fails < ALPHA)
+    assert failed / RUNS < ALPHA + NOMINAL
+    assert naive / RUNS > ALPHA + 5 * NOMINAL
+
+
 def test_equal_acceptance_has_an_interval() -> None:
     rows = [(50.0, 100.0)] * 40
     found = statistics.acceptance(rows, rows, 0.02)
