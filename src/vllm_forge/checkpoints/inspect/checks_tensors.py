@@ -277,10 +277,13 @@ def formats(profile: Profile) -> Iterator[Finding]:
 
     And no drafter of which one part was quantized and another was not.
     """
-    drafts = {kind for module, kind in profile.formats.items() if module.startswith(DRAFT)}
-    quantized = drafts & {Format.NVFP4, Format.W4A16, Format.MODELOPT_NVFP4}
-    if quantized and Format.PLAIN in profile.formats_of[Part.EXPERTS, True]:
-        yield finding("partial-draft", ", ".join(sorted(drafts)))
+    drafts = {name: kind for name, kind in profile.formats.items() if name.startswith(DRAFT)}
+    of_experts = {
+        kind for name, kind in drafts.items() if part_of(f"{name}.weight") is Part.EXPERTS
+    }
+    quantized = {Format.NVFP4, Format.W4A16, Format.MODELOPT_NVFP4}.intersection(drafts.values())
+    if quantized and Format.PLAIN in of_experts:
+        yield finding("partial-draft", ", ".join(sorted(set(drafts.values()))))
     yield from scoped(
         "unknown-format",
         [module for module, kind in profile.formats.items() if kind is Format.UNKNOWN],

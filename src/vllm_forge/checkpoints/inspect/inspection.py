@@ -1,7 +1,9 @@
 """An inspection: every check, a comparison with a manifest, and each line's verdict."""
 
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
+from itertools import product
 from typing import Any, Literal
 
 from packaging.version import Version
@@ -17,7 +19,7 @@ from vllm_forge.checkpoints.inspect.manifest import (
     departures,
     nearest,
 )
-from vllm_forge.checkpoints.inspect.profile import Drafter, Part, Profile
+from vllm_forge.checkpoints.inspect.profile import DRAFT, Drafter, Part, Profile, part_of
 from vllm_forge.checkpoints.inspect.values import ValueRow, compare
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches.dispositions import FILE, Disposition, decisions
@@ -203,17 +205,21 @@ def inspect(
 
 
 def _parts(profile: Profile) -> Iterator[PartRow]:
-    for draft in (False, True):
-        for part in Part:
-            if dtypes := profile.dtypes.get((part, draft)):
-                formats = profile.formats_of[part, draft]
-                yield PartRow(
-                    part=part,
-                    draft=draft,
-                    tensors=sum(dtypes.values()),
-                    dtypes=dict(sorted(dtypes.items())),
-                    formats={kind.value: count for kind, count in sorted(formats.items())},
-                )
+    dtypes: dict[tuple[bool, Part], Counter[str]] = defaultdict(Counter)
+    formats: dict[tuple[bool, Part], Counter[str]] = defaultdict(Counter)
+    for name, tensor in profile.tensors.items():
+        dtypes[name.startswith(DRAFT), part_of(name)][tensor.dtype] += 1
+    for module, kind in profile.formats.items():
+        formats[module.startswith(DRAFT), part_of(f"{module}.weight")][kind.value] += 1
+    for draft, part in product((False, True), Part):
+        if counted := dtypes[draft, part]:
+            yield PartRow(
+                part=part,
+                draft=draft,
+                tensors=counted.total(),
+                dtypes=dict(sorted(counted.items())),
+                formats=dict(sorted(formats[draft, part].items())),
+            )
 
 
 def judge(

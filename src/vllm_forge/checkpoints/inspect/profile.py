@@ -9,12 +9,12 @@ beside it (0.22.1, 0.26.0, 0.33.0). DeepSeek's own ``.scale`` is renamed by its 
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from vllm_forge.checkpoints import architecture
 from vllm_forge.checkpoints.checkpoint import Checkpoint
@@ -22,7 +22,6 @@ from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect import matching
 from vllm_forge.checkpoints.tensors import TensorSpec
 
-T = TypeVar("T")
 DRAFT = "mtp."
 BLOCK = re.compile(r"^(?:layers|mtp)\.\d+\.")
 # Matrices that a quantizer may take; every other tensor is stored as it is.
@@ -361,20 +360,3 @@ class Profile(Checkpoint):
             module: recognize({suffix: self.tensors[name].dtype for suffix, name in rows.items()})
             for module, rows in self.modules.items()
         }
-
-    @cached_property
-    def formats_of(self) -> Mapping[tuple[Part, bool], Counter[Format]]:
-        """Part and whether it is the drafter's -> how often which format, over linear layers."""
-        return _counted((f"{module}.weight", kind) for module, kind in self.formats.items())
-
-    @cached_property
-    def dtypes(self) -> Mapping[tuple[Part, bool], Counter[str]]:
-        """Part and whether it is the drafter's -> dtype -> tensors."""
-        return _counted((name, entry.dtype) for name, entry in self.tensors.items())
-
-
-def _counted(rows: Iterable[tuple[str, T]]) -> Mapping[tuple[Part, bool], Counter[T]]:
-    counted: dict[tuple[Part, bool], Counter[T]] = defaultdict(Counter)
-    for name, kind in rows:
-        counted[part_of(name), name.startswith(DRAFT)][kind] += 1
-    return counted
