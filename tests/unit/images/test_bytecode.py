@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vllm_forge.host import RecordingRunner
 from vllm_forge.images import bytecode, compile_sources
 from vllm_forge.images.build import bytecode_place
 from vllm_forge.images.bytecode import (
@@ -25,7 +26,7 @@ from vllm_forge.images.bytecode import (
     bytecode_problems,
     kept_bytecode,
 )
-from vllm_forge.images.engines import BYTECODE, Buildah, ContainerRun, _runtime_config
+from vllm_forge.images.engines import BYTECODE, Buildah, Buildx, ContainerRun, _runtime_config
 from vllm_forge.images.errors import ForeignFileError
 from vllm_forge.images.layer import LayerBlob, members
 from vllm_forge.images.layout import ImageLayer
@@ -79,6 +80,23 @@ def test_checks_use_a_bytecode_folder_of_their_own(
     )  # fmt: skip
     made: dict[str, Any] = json.loads(json.dumps(_runtime_config(run)))
     assert made["process"]["env"] == ["A=1", "B=2", f"{BYTECODE}=/srv"]
+
+
+def test_image_with_bytecode_of_its_own_is_run_as_it_is(tmp_path: Path) -> None:
+    """Else its checks would find other bytecode than a server; what compiles has a place."""
+    run = ContainerRun(
+        layout=tmp_path, config={"User": "10001:0", "Env": ["A=1"]}, name="x", lower_dirs=(),
+        inputs=tmp_path, argv=("x",), work=tmp_path, bytecode=None, output=tmp_path / "output",
+    )  # fmt: skip
+    made = _runtime_config(run)
+    assert made["process"]["env"] == ["A=1"]
+    writable = {
+        row["destination"]: row["source"] for row in made["mounts"] if "rw" in row["options"]
+    }
+    assert writable == {"/media": str(tmp_path / "output")}
+    runner = RecordingRunner()
+    Buildx().run_in_image(runner, run)
+    assert f"--volume={tmp_path}/output:/media" in runner.commands[-1]
 
 
 def test_bytecode_of_checks_is_closed_to_users_of_the_host(
