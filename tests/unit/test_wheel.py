@@ -14,8 +14,9 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,8 +172,15 @@ def install(wheel: Path, folder: Path) -> Installed:
 
 
 def from_checkout(root: Path, *argv: str, code: int = 0, env: Env = OFFLINE) -> tuple[str, str]:
-    source = {"PYTHONPATH": str(REPO / "src"), "VLLM_FORGE_ROOT": str(root)}
-    return run([sys.executable, "-m", "vllm_forge", *argv], root, code, {**env, **source})
+    """The same in this process, whose code is the checkout's: no second for imports."""
+    out, err = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        for name, value in {**env, "VLLM_FORGE_ROOT": str(root)}.items():
+            patch.setenv(name, value)
+        patch.chdir(root)
+        found = cli.main(argv)
+    assert found == code, f"{argv}\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -236,7 +244,9 @@ def test_wheel_says_which_commit_it_is_of(installed: Installed, built: Path) -> 
         metadata = f"vllm_forge-{__version__}.dist-info/extra_metadata/COMMIT"
         assert wheel.read(metadata).decode() == f"{state}\n"
     assert installed.run("--version")[0] == f"vllm-forge {__version__}, commit {state}\n"
-    assert from_checkout(REPO, "--version") == installed.run("--version")
+    argv = [sys.executable, "-m", "vllm_forge", "--version"]
+    source = {"PYTHONPATH": str(REPO / "src"), "VLLM_FORGE_ROOT": str(REPO)}
+    assert run(argv, REPO, 0, {**OFFLINE, **source}) == installed.run("--version")
 
 
 @pytest.mark.parametrize(
