@@ -5,15 +5,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from vllm_forge.bench.arithmetic import RULES, span
 from vllm_forge.bench.errors import ClaimsFileError
 from vllm_forge.bench.results import Count, Hash
-from vllm_forge.errors import first_problem, suggestion
-from vllm_forge.host import parse_json, read_data, read_plain
+from vllm_forge.errors import problems, suggestion
+from vllm_forge.host import parse_json, printable, read_data, read_plain
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Name, RelativePath, Text
 
@@ -139,8 +139,8 @@ class Range(_Claim):
 
     kind: Literal["range"]
     values: tuple[Quantity, ...] = Field(min_length=1)
-    low: float
-    high: float
+    low: float = Field(allow_inf_nan=False)
+    high: float = Field(allow_inf_nan=False)
 
 
 class Series(_Claim):
@@ -268,7 +268,9 @@ Claim = Annotated[
     Field(discriminator="kind"),
 ]
 
-ROW: TypeAdapter[Claim] = TypeAdapter(Claim)
+KINDS: dict[str, type[FrozenModel]] = {
+    get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(get_args(Claim)[0])
+}
 
 
 class ClaimsFile(FrozenModel):
@@ -308,11 +310,10 @@ class RawRun:
 
 def parse_claims(data: Any) -> ClaimsFile:
     """Rows, with unique ids and known arms and raw results; ValueError."""
-    for place, row in enumerate(data.get("claim", ())):
-        try:
-            ROW.validate_python(row)
-        except ValidationError as error:  # a row is found by its id, not by its place
-            raise ValueError(f"claim {row.get('id', place)}: {first_problem(error)}") from None
+    rows = data.get("claim") if isinstance(data, dict) else None
+    for place, row in enumerate(rows if isinstance(rows, list) else ()):
+        if isinstance(row, dict):  # which is found by its id, not by its place
+            _require_row(row, row.get("id", place))
     claims = ClaimsFile.model_validate(data)
     ids = [row.id for row in claims.claim]
     if repeated := sorted({name for name in ids if ids.count(name) > 1}):
@@ -329,8 +330,22 @@ def parse_claims(data: Any) -> ClaimsFile:
     return claims
 
 
+def _require_row(row: dict[str, Any], name: object) -> None:
+    if (kind := KINDS.get(str(row.get("kind")))) is None:
+        known = ", ".join(KINDS)
+        raise ValueError(f"claim {name}: unknown kind {row.get('kind')!r}: expected {known}")
+    try:
+        kind.model_validate(row)
+    except ValidationError as error:
+        raise ValueError(f"claim {name}: {problems(error, kind)[0]}") from None
+
+
 def read_claims(path: Path) -> ClaimsFile:
     """The rows of a file, else ClaimsFileError."""
+    if path.suffix not in {".toml", ".json"}:
+        what = f"{printable(path.name)} is not a list of claims"
+        remedy = "write the card's figures as rows of TOML: docs/operate/bench-claims.md"
+        raise ClaimsFileError(what, where=path, remedy=remedy)
     return read_data(path, parse_claims, ClaimsFileError, what="list of claims", remedy=REMEDY)
 
 

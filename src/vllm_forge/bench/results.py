@@ -32,6 +32,7 @@ from vllm_forge.matrix.model import Flag, Name, Text
 T = TypeVar("T")
 MOST_STARTS = 16  # 2^16 patterns of signs are enumerated in a moment
 LARGEST_ROWS = 256 << 20  # bytes, unpacked; a row has about 200
+MOST_ROWS = 1_000_000  # an empty one takes memory, too
 REMEDY = "give a record of `bench run`, `serve`, `quality` or `import`, with its rows beside it"
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -309,6 +310,8 @@ def unpacked(content: bytes) -> bytes:
     text = unpacker.decompress(content, LARGEST_ROWS)
     if unpacker.unconsumed_tail or unpacker.unused_data or not unpacker.eof:
         raise ValueError(f"not one gzip member of at most {LARGEST_ROWS} bytes")
+    if (lines := content.count(b"\n")) > MOST_ROWS:
+        raise ValueError(f"{lines} rows, at most {MOST_ROWS} are read")
     return text
 
 

@@ -251,7 +251,8 @@ def _range(row: claims.Range, *_: object) -> Verdict:
     detail = f"{min(values):.2f} to {max(values):.2f}"
     counts = [tuple(map(int, text.split("/"))) for text in row.values if text.count("/")]
     table = [[right, of - right] for right, of in counts]
-    if len(counts) == len(values) > 1 and all(map(sum, zip(*table, strict=True))):
+    shares = len(counts) == len(values) > 1 and min(map(min, table)) >= 0
+    if shares and all(map(sum, zip(*table, strict=True))):
         found = stats.chi2_contingency(table, correction=False)
         detail += f"; spread {found.statistic / found.dof:.2f} x binomial (p {_p(found.pvalue)})"
     word = Word.CONTRADICTED if outside else Word.CONSISTENT

@@ -138,6 +138,7 @@ SOUND = [
     (derived("38.7", "gib", "41.6"), Word.CONSISTENT),
     (derived("0.0076", "stderr", "0.9181", "1319"), Word.CONSISTENT),
     ({"kind": "range", "values": ["30/30", "30/30"], "low": 99, "high": 100}, Word.CONSISTENT),
+    ({"kind": "range", "values": ["450/4", "38/8"], "low": 4, "high": 12000}, Word.CONSISTENT),
     (
         {"kind": "series", "first": ["2", "3"], "second": ["1", "2"], "confounded": "x"},
         Word.UNDECIDED,
@@ -298,6 +299,12 @@ def test_changed_raw_results_are_refused(
         (derived("1e3", "ratio", "1", "2"), "value: String should match pattern"),
         (derived("1", "ratio", "1/0"), "claim c0: .*of.0: String should match pattern"),
         (derived("1", "rato", "1", "1"), r"unknown rule 'rato' \(did you mean 'ratio'\?\)"),
+        (
+            derived("1", "ratio", "1", "1", start=3),
+            r"unknown key start \(did you mean 'starts'\?\)",
+        ),
+        ({"kind": "deriven"}, "unknown kind 'deriven': expected single, bare, comparison"),
+        ({"kind": "range", "values": ["1"], "low": math.nan, "high": 1}, "low: .*finite"),
         (derived("1", "ratio", "1"), "takes 2 numbers, not 1"),
         (comparison(31, 30, 30, "higher"), "31 of 30 cannot be right"),
         ({"kind": "single", "share": {"arm": "a", "of": 30, "value": "91.8"}}, "as 0.918"),
@@ -340,6 +347,18 @@ def test_another_card_is_judged_and_nothing_is_written(
     assert "arithmetic: no count" in " ".join(capsys.readouterr().out.split())
     assert (root / RECORD).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["card.toml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [("card.md", "# A card", "card.md is not a list of claims"),
+     ("card.toml", "claim = [3]", "claim.0: "), ("card.toml", 'claim = "a"', "claim: "),
+     ("card.json", "[1]", "valid dictionary")],
+)  # fmt: skip
+def test_other_files_are_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ClaimsFileError, match=message):
+        read_claims(tmp_path / name)
 
 
 def test_row_that_cannot_be_computed_is_named() -> None:

@@ -569,6 +569,13 @@ def test_record_outlives_a_kill_between_its_files(tmp_path: Path) -> None:
         read_arm(path)
 
 
+def test_rows_of_nothing_are_refused(tmp_path: Path) -> None:
+    path = write_result(tmp_path / "a.json", rows_of(1, items=5))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n" * 1_000_001))
+    with pytest.raises(ResultFileError, match="1000001 rows, at most 1000000 are read"):
+        read_arm(path)
+
+
 @pytest.mark.parametrize("fault", ["changed", "not-gzip", "two-members", "count", "start", "key"])
 def test_damaged_result_is_refused(fault: str, tmp_path: Path) -> None:
     path = write_result(tmp_path / "a.json", rows_of(1, items=5))
