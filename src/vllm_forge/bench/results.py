@@ -310,13 +310,13 @@ def unpacked(content: bytes) -> bytes:
     text = unpacker.decompress(content, LARGEST_ROWS)
     if unpacker.unconsumed_tail or unpacker.unused_data or not unpacker.eof:
         raise ValueError(f"not one gzip member of at most {LARGEST_ROWS} bytes")
-    if (lines := content.count(b"\n")) > MOST_ROWS:
-        raise ValueError(f"{lines} rows, at most {MOST_ROWS} are read")
     return text
 
 
 def parse_lines(content: bytes, parse: Callable[[Any], T]) -> list[T]:
     """What ``parse`` makes of each line of JSONL; ValueError names the line."""
+    if (lines := content.count(b"\n")) > MOST_ROWS:
+        raise ValueError(f"{lines} rows, at most {MOST_ROWS} are read")
     rows = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
