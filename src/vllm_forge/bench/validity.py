@@ -150,6 +150,18 @@ def require_distinct(*arms: Arm) -> None:
             raise InvalidResultError(what, where=f"{first.path}, {second.path}", remedy=remedy)
 
 
+def require_same_server(reference: Arm, repeat: Arm) -> None:
+    """InvalidResultError unless both measured one image, model and command."""
+    first, second = (arm.result.server.model_dump() for arm in (reference, repeat))
+    for key in ("image", "artifact", "argv"):
+        if first[key] != second[key]:
+            raise InvalidResultError(
+                f"--repeat is not the reference: its {key} is another one",
+                where=f"{reference.path}, {repeat.path}",
+                remedy="measure the reference again: the same image, model and arguments",
+            )
+
+
 def differences(reference: Arm, candidate: Arm) -> Iterator[str]:
     """What two arms must have in common and do not."""
     first, second = reference.result, candidate.result

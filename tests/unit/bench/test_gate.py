@@ -481,6 +481,22 @@ def test_one_measurement_is_not_compared_with_itself(
         gate({"strict": STRICT}, *arms[twice])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("image", "sha256:" + "3" * 64), ("artifact", "other"), ("argv", ["vllm", "serve", "-x"])],
+)
+def test_repeat_of_another_server_is_refused(
+    key: str, value: object, reference: tuple[Path, Path], tmp_path: Path
+) -> None:
+    arms = [
+        read_arm(write_result(tmp_path / f"{n}.json", rows_of(n, items=ITEMS),
+                              edit=lambda record: record["server"].update({key: value})))
+        for n in (3, 4)
+    ]  # fmt: skip
+    with pytest.raises(InvalidResultError, match=f"--repeat is not the reference: its {key}"):
+        gate({"strict": STRICT}, read_arm(reference[0]), *arms)
+
+
 def test_published_sweep_has_unequal_caps(root: Path, tmp_path: Path) -> None:
     """The card's c=1 against c=4, which differ in more than their concurrency."""
     claims = read_claims(root / CLAIMS)
