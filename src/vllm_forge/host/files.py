@@ -252,13 +252,16 @@ def remove(path: Path) -> None:
 
 def walk_plain(folder: Path, below: str = "") -> Iterator[str]:
     """Relative paths of all files and links; ValueError for a FIFO, a socket or a device."""
-    for entry in list(os.scandir(folder)):
-        if entry.is_dir(follow_symlinks=False):
-            yield from walk_plain(Path(entry), f"{below}{entry.name}/")
-        elif entry.is_symlink() or entry.is_file(follow_symlinks=False):
-            yield f"{below}{entry.name}"
-        else:
-            raise ValueError(f"not a plain file: {entry.path}")
+    todo = [(os.fspath(folder), below)]  # not recursive: each path would pass through all levels
+    while todo:
+        path, below = todo.pop()
+        for entry in list(os.scandir(path)):
+            if entry.is_dir(follow_symlinks=False):
+                todo.append((entry.path, f"{below}{entry.name}/"))
+            elif entry.is_symlink() or entry.is_file(follow_symlinks=False):
+                yield f"{below}{entry.name}"
+            else:
+                raise ValueError(f"not a plain file: {entry.path}")
 
 
 def remove_foreign(path: Path) -> None:

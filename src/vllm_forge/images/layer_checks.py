@@ -14,7 +14,7 @@ import stat
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -118,7 +118,7 @@ def system_problems(files: Mapping[str, SystemFile]) -> list[str]:
 
 def is_bytecode(path: str) -> bool:
     """Whether Python made that file or folder of a source: it differs from build to build."""
-    return path.endswith(BYTECODE) or posixpath.basename(path) == "__pycache__"
+    return path.endswith(BYTECODE) or path.rpartition("/")[2] == "__pycache__"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,23 +132,27 @@ class ImageFiles:
     folders: Sequence[Path]
     python: str
 
-    @property
+    @cached_property
     def site(self) -> str:
         return site_packages(self.python)
 
     @cached_property
     def written(self) -> dict[str, Path]:
-        """Path -> file or link of the highest layer that has it."""
-        return {path: folder / path for folder in self.folders for path in walk_plain(folder)}
+        """Path of a file or link -> folder of the highest layer that has it."""
+        return {path: folder for folder in self.folders for path in walk_plain(folder)}
+
+    def read(self, path: str) -> bytes:
+        """Content of a written file."""
+        return read_plain(self.written[path] / path)
 
     @cached_property
     def owners(self) -> dict[str, list[str]]:
         """Path -> the wheels that brought it, by the RECORDs of the image."""
         owners: dict[str, list[str]] = {}
-        for path, file in self.written.items():
+        for path in self.written:
             if path.endswith(".dist-info/RECORD") and path.count("/") == self.site.count("/") + 2:
                 owner = distribution(path.split("/")[-2])
-                rows = read_plain(file).decode().splitlines()
+                rows = self.read(path).decode().splitlines()
                 recorded = {self._target(row[0]) for row in csv.reader(rows) if row}
                 for target in recorded | {path}:
                     owners.setdefault(target, []).append(owner)
@@ -161,7 +165,8 @@ class ImageFiles:
 
     def inside(self, path: str) -> str:
         """The path below site-packages; empty for one that is elsewhere."""
-        return path[len(self.site) + 1 :] if path.startswith(f"{self.site}/") else ""
+        site, slash, below = path.partition(f"{self.site}/")
+        return below if slash and not site else ""
 
 
 def distribution(info: str) -> str:
@@ -172,12 +177,12 @@ def distribution(info: str) -> str:
 def packages(files: ImageFiles, expected: Mapping[str, str]) -> str:
     """The installed distributions are exactly those of the lock."""
     installed = set()
-    for path, file in files.written.items():
+    for path in files.written:
         folder, _, rest = files.inside(path).partition("/")
         if folder.endswith(".egg-info"):
             installed.add((folder, "egg-info"))
         if folder.endswith(".dist-info") and rest == "METADATA":
-            head = read_plain(file).decode().partition("\n\n")[0]
+            head = files.read(path).decode().partition("\n\n")[0]
             fields = dict(re.findall(r"^(Name|Version): *(.*?)\r?$", head, re.MULTILINE))
             name = re.sub(r"[-_.]+", "-", fields.get("Name", folder)).lower()
             installed.add((name, fields.get("Version", "")))
@@ -195,12 +200,12 @@ def tree(files: ImageFiles, blobs: Mapping[str, str], changed: Mapping[str, str]
     for path, blob in blobs.items():
         if path == GENERATED:  # carries our version
             continue
-        file = files.written.get(f"{files.site}/{path}")
-        if file is None:
+        file = f"{files.site}/{path}"
+        if file not in files.written:
             if path in changed:
                 raise AssertionError(f"a patched file is not installed: {path}")
             continue  # a file of the source tree that the wheel does not ship
-        if blob_hash(read_plain(file)) != blob:
+        if blob_hash(files.read(file)) != blob:
             raise AssertionError(f"{path} differs from the patched tree")
         seen += 1
     if missing := sorted(set(changed) - set(blobs)):
@@ -210,8 +215,7 @@ def tree(files: ImageFiles, blobs: Mapping[str, str], changed: Mapping[str, str]
 
 def stack(files: ImageFiles, record: dict[str, Any]) -> str:
     """stack.json is the record of this build."""
-    file, content = files.written.get(STACK), stack_entry(record).content
-    if file is None or read_plain(file) != content:
+    if STACK not in files.written or files.read(STACK) != stack_entry(record).content:
         raise AssertionError(f"/{STACK} is not the record of this build")
     return str(record["tree"])
 
@@ -219,8 +223,8 @@ def stack(files: ImageFiles, record: dict[str, Any]) -> str:
 def hygiene(files: ImageFiles) -> str:
     """No repositories, credentials, caches of installers, or weights."""
     keys = [path for path, file in files.system.items() if file.private_key]
-    for path, file in files.written.items():
-        if path.endswith(KEY_FILES) and PRIVATE_KEY.search(read_plain(file)):
+    for path in files.written:
+        if path.endswith(KEY_FILES) and PRIVATE_KEY.search(files.read(path)):
             keys.append(path)
     bad = [f"private key: /{path}" for path in keys]
     plain = [path for path, file in files.system.items() if not file.info.isdir()]
@@ -254,11 +258,11 @@ def wheel_files(
     """
     problems, used = [], set()
     judge = _WheelJudge(files=files, blobs=blobs, wheel_path=wheel_path)
+    wheels = [(row, set(row.wheels)) for row in rows]
     for path in files.written:
-        owners, below = files.owners.get(path, []), files.inside(path)
-        row = next(
-            (r for r in rows if fnmatchcase(below, r.path) and set(r.wheels) == set(owners)), None
-        )
+        owners = files.owners.get(path, [])
+        brought, below = set(owners), files.inside(path)
+        row = next((r for r, of in wheels if of == brought and fnmatchcase(below, r.path)), None)
         # Two wheels of a row need not be compared.
         why = "" if row is not None and len(owners) > 1 else judge.problem(path, owners)
         if row is not None and (why or len(owners) > 1):
@@ -288,39 +292,43 @@ class _WheelJudge:
 
     def problem(self, path: str, owners: Sequence[str]) -> str:
         """Why a file may not be there; empty if it may."""
-        files = self.files
-        below, name = files.inside(path), posixpath.basename(path)
+        return self._hides(path) or next(self._problems(path, owners), "")
+
+    def _problems(self, path: str, owners: Sequence[str]) -> Iterator[str]:
+        files, below = self.files, self.files.inside(path)
         top = below.partition("/")[0]
-        in_vllm = top == VLLM
-        own = path.startswith(OWN) or files.written[path].is_symlink()
-        on_path = (f"{VENV}/bin", f"{files.site}/{CUDA_PROGRAMS}")  # before the system's
-        other = f"{on_path[1]}/{name}"
+        if not owners and not (path.startswith(OWN) or (files.written[path] / path).is_symlink()):
+            yield "file that no RECORD lists"
+        if is_bytecode(path) or "/__pycache__/" in path:
+            yield "bytecode"
+        if self._hides_program(path):
+            yield "program that hides another"
+        if top.partition(".")[0] in START_MODULES or (top == below and top.endswith(START_FILES)):
+            yield "file that runs when Python starts"
+        if top.endswith(".dist-info") and owners != [distribution(top)]:
+            yield "file in the metadata of another wheel"
+        if top == VLLM:
+            if owners != [VLLM]:
+                yield "file in the package vllm"
+            if below.endswith(".py") and below not in self.blobs and below != GENERATED:
+                yield "module that the source tree lacks"
+        if len(owners) > 1 and self._differ(path, owners):
+            yield "file with different content"
+
+    def _hides_program(self, path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        cuda = f"{self.files.site}/{CUDA_PROGRAMS}"
+        if folder not in {f"{VENV}/bin", cuda}:  # before the system's
+            return False
+        other = f"{cuda}/{name}"
         hidden = name in self.programs or name.startswith(DRIVER_PROGRAMS)
-        hidden = hidden or (other != path and other in files.written)
-        starts = top.partition(".")[0] in START_MODULES or (
-            top == below and top.endswith(START_FILES)
-        )
-        problems = {
-            "file that no RECORD lists": not owners and not own,
-            "bytecode": is_bytecode(path) or "/__pycache__/" in path,
-            "program that hides another": hidden and posixpath.dirname(path) in on_path,
-            "file that runs when Python starts": starts,
-            "file in the metadata of another wheel": top.endswith(".dist-info")
-            and owners != [distribution(top)],
-            "file in the package vllm": in_vllm and owners != [VLLM],
-            "module that the source tree lacks": in_vllm
-            and below.endswith(".py")
-            and below not in self.blobs
-            and below != GENERATED,
-            "file with different content": len(owners) > 1 and self._differ(path, owners),
-        }
-        return self._hides(path) or next((why for why, bad in problems.items() if bad), "")
+        return hidden or (other != path and other in self.files.written)
 
     def _hides(self, path: str) -> str:
         system = self.files.system
         if path in system:
             return f"file that hides one of {system[path].layer}"
-        folder = posixpath.dirname(path)
+        folder = path.rpartition("/")[0]
         if folder not in self.folders:
             why, parent = "", folder
             while parent and not why:
