@@ -105,6 +105,7 @@ KINDS = (
     Kind(pattern=r"work/.+", mended=False),
     Kind(pattern=r"locks/.+\.lock", mended=False),
     Kind(pattern=r"uv/.+", mended=False),  # uv's own, for locks only
+    Kind(pattern=r"layers/\w+/hashed\.json", mended=False),  # of an empty layer: is not read
 )
 
 

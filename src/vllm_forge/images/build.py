@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from vllm_forge import host
 from vllm_forge.errors import ForgeError
-from vllm_forge.host.files import remove_foreign
+from vllm_forge.host.files import inode, remove_foreign
 from vllm_forge.images import checks, compile_sources, cubins, layout, store
 from vllm_forge.images.bytecode import (
     COMPILER,
@@ -78,6 +78,8 @@ class Candidate:
     written: list[tuple[str, StoredLayer]]
     stack: dict[str, Any]  # its stack.json
     blobs: dict[str, str]  # hashes of vLLM's Python files in the patched tree
+    linked: dict[str, list[int]]  # digest -> ``inode`` of a written layer's blob in the layout
+    hashed: dict[str, list[int]]  # those of them that were not touched since they were hashed
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -246,9 +248,13 @@ def assemble(
         *(ImageLayer(blob=row.blob, name=name) for name, row in written if not row.empty),
     ]
     config = image_config(plan, system.config, stack, layers)
+    before = {row.blob.digest: store.hashed_blob(row) for _, row in written if not row.empty}
     image = layout.write_image(
         plan.candidate, layers=layers, config=config, epoch=epoch, name=plan.candidate_name
     )
+    # A link changes a file's ctime, and nothing else.
+    linked = {name: inode(image.blob(name).lstat()) for name in before}
+    hashed = {name: now for name, now in linked.items() if now[:-1] == before[name][:-1]}
     checks.write_inputs(plan.work / "inputs", expectation(cell, stack))
     links = {plan.patch_files: patch, plan.bytecode_files: compiled}
     for link, layer in links.items():
@@ -256,7 +262,15 @@ def assemble(
         if layer is not None:
             link.symlink_to(layer.files)
     blobs = python_blobs(SourceRepo(), wheel.tree)
-    return Candidate(image=image, system=system, written=written, stack=stack, blobs=blobs)
+    return Candidate(
+        image=image,
+        system=system,
+        written=written,
+        stack=stack,
+        blobs=blobs,
+        linked=linked,
+        hashed=hashed,
+    )
 
 
 def wheel_layers(plan: ImagePlan) -> list[tuple[str, StoredLayer]]:
@@ -377,12 +391,15 @@ def check_outside(
             )
     try:
         config = image_config(plan, system.config, candidate.stack, image.layers)
-        checks.check_layout(image, config)
+        checks.check_layout(image, config, candidate.hashed)
     except LayoutError:
         # The cache was touched: forget what is damaged, so that the next build is whole.
         store.forget_damaged(layer.blob for layer in system.layers)
         store.forget_damaged(layer.blob for _, layer in candidate.written)
         raise
+    for _, layer in candidate.written:
+        if stamp := candidate.linked.get(layer.blob.digest):
+            store.note_hashed(layer.folder, layer.blob, stamp)
     return contract, judge_layers(plan, candidate)
 
 

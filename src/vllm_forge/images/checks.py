@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,14 @@ def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
     return verdicts
 
 
-def check_layout(image: Image, config: dict[str, Any]) -> None:
-    """Check blobs and the expected ``config`` object; raises LayoutError or ImageCheckError."""
-    verify(image)
+def check_layout(
+    image: Image, config: dict[str, Any], hashed: Mapping[str, list[int]] | None = None
+) -> None:
+    """Check blobs and the expected ``config`` object; raises LayoutError or ImageCheckError.
+
+    ``hashed``: see ``verify``.
+    """
+    verify(image, hashed=hashed)
     actual = image.config["config"]
     problems = [
         f"{key} is {actual.get(key)}, expected {config.get(key)}"

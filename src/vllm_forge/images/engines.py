@@ -11,12 +11,21 @@ import subprocess
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Runner, cache_root, parse_json, read_plain, remove, suggestion, which
+from vllm_forge.host import (
+    Runner,
+    cache_root,
+    link_or_copy,
+    parse_json,
+    read_plain,
+    remove,
+    suggestion,
+    which,
+)
 from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.host.files import walk_plain
 from vllm_forge.host.run import UNLABELLED
@@ -38,13 +47,14 @@ if TYPE_CHECKING:
 
 OLDEST_BUILDAH = (1, 28)
 SYSTEM_NAME = "localhost/vllm-forge-system"
+INSPECTED = "inspect.json"  # what buildah says of it
 # Where Python keeps what it compiles.
 BYTECODE = "PYTHONPYCACHEPREFIX"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SystemOutput:
-    """What an engine built: plain tars, lowest first, and the config of the image."""
+    """What an engine built: tars, lowest first, compressed or not, and the config of the image."""
 
     tars: tuple[Path, ...]
     diff_ids: tuple[str, ...]
@@ -238,10 +248,10 @@ class Buildah:
     def build_system(
         self, runner: Runner, plan: ImagePlan, secrets: Mapping[str, Path], work: Path
     ) -> None:
-        """``buildah bud`` with a storage of its own, exported as plain tars and as a folder.
+        """``buildah bud`` with a storage of its own, exported as a layout and as a folder.
 
-        docker format keeps HEALTHCHECK, which OCI's config lacks; ``dir:`` with
-        --disable-compression keeps the tars as they are.
+        docker format keeps HEALTHCHECK, which OCI's config lacks: so the config is asked for. A
+        blob that the layout has already is not written again, so that of our rootfs is put there.
         """
         state = (cache_root() / "buildah").resolve()
         store = state / "store"
@@ -255,11 +265,12 @@ class Buildah:
         }
         # Nothing in it outlives a build; what a killed one left may be half there.
         runner.act(f"empty {store}", lambda: remove(store))
-        base = plan.base.image or "oci:base:rootfs"
+        base, image = plan.base.image or "oci:base:rootfs", work / "image"
         if (layout := plan.base.layout) is not None:
             # buildah makes an image name of the path: it must be short, without dots.
             link = work / "base"
             runner.act(f"link {link} to {layout}", lambda: link.symlink_to(layout))
+            runner.act(f"link its layers to {image}", lambda: _link_layers(layout, image))
         runner.run(
             [
                 "buildah", "bud", "--quiet", "--format=docker", "--runtime=runc", "--network=host",
@@ -272,17 +283,17 @@ class Buildah:
             env=env,
             cwd=work,
         )  # fmt: skip
-        target = f"dir:{work / 'image'}"
-        runner.run(
-            ["buildah", "push", "--quiet", "--disable-compression", SYSTEM_NAME, target], env=env
-        )
+        runner.run(["buildah", "push", "--quiet", SYSTEM_NAME, f"oci:{image}"], env=env)
+        described = runner.run(["buildah", "inspect", "--type=image", SYSTEM_NAME], env=env)
+        runner.act("write its config", lambda: (work / INSPECTED).write_text(described))
         runner.run(["buildah", "rmi", "--all", "--force"], env=env)
 
     def system_output(self, work: Path) -> SystemOutput:
-        """Parse the ``dir:`` output (docker schema 2)."""
-        folder = work / "image"
-        manifest = parse_json(read_plain(folder / "manifest.json"))
-        return _read_output(folder, manifest, work / "root")
+        """Read the layout, and the config of docker's format."""
+        image = read_image(work / "image")
+        output = _read_output(image.path / "blobs" / "sha256", image.manifest, work / "root")
+        described = parse_json(read_plain(work / INSPECTED))["Config"]
+        return replace(output, config=parse_json(described)["config"])
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         """Runc on an overlay of the unpacked layers, in a mount namespace of its own.
@@ -362,6 +373,14 @@ class BuildKit(Buildah):
 
     def system_output(self, work: Path) -> SystemOutput:
         return _buildx_output(work, work / "root")
+
+
+def _link_layers(layout: Path, image: Path) -> None:
+    """Put the layers of a layout into a new one, which is to have more."""
+    blobs = image / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+    for layer in read_image(layout).layers:
+        link_or_copy(layer.blob.path, blobs / layer.blob.digest)
 
 
 def _write_config(folder: Path) -> None:

@@ -375,7 +375,8 @@ def bytecode(folder: Path | None, files: ImageFiles, system: Sequence[ImageLayer
         return "none carried"
     paths = {path: folder / path for path in walk_plain(folder)}
     blobs = [row.blob for row in system]
-    _refuse(bytecode_problems(paths, files.python, files.written, blobs))
+    written = {path: place / path for path, place in files.written.items()}
+    _refuse(bytecode_problems(paths, files.python, written, blobs))
     return f"{len(paths)} files"
 
 

@@ -1,7 +1,7 @@
 """OCI image layouts on disk: read, checked, written (image-spec v1.1, image-layout.md)."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_forge.host import READ_ONLY, atomic_path, canonical, link_or_copy, parse_json, read_plain
-from vllm_forge.host.files import file_digest
+from vllm_forge.host.files import file_digest, inode
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layer import LayerBlob, plain_digest
 
@@ -188,8 +188,12 @@ def _hashed(blob: Path) -> bytes:
     return content
 
 
-def verify(image: Image, *, unpacked: bool = False) -> None:
+def verify(
+    image: Image, *, unpacked: bool = False, hashed: Mapping[str, list[int]] | None = None
+) -> None:
     """Hash every blob of an image; ``unpacked``: layers also without their compression.
+
+    ``hashed``: digest in hex -> ``inode`` of a blob that was, and is again if it was touched since.
 
     Raises LayoutError: the SHA-256 of a blob is not its name, or not its ``diff_id``; or there are
     other files, which a tar of the layout would carry.
@@ -199,6 +203,8 @@ def verify(image: Image, *, unpacked: bool = False) -> None:
     for digest in digests:
         path = image.blob(digest)
         try:
+            if hashed and hashed.get(path.name) == inode(path.lstat()):
+                continue
             actual = file_digest(path)
         except (OSError, ValueError) as error:
             actual = f"of nothing: {error}"

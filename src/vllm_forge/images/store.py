@@ -2,9 +2,9 @@
 
 A stored layer is a folder ``layers/<key>/`` with the blob, ``layer.json``, ``files/``, and
 ``code/``, where files with device code are put aside for slimming; renamed into place when
-complete. Nothing of it is believed: the record has a hash of itself, the blob is hashed when an
-image is assembled, and unpacked files are compared with the record before they are used: by their
-content, when one of them was touched since that was done last.
+complete. Nothing of it is believed: the record has a hash of itself, and the blob and the unpacked
+files are compared with it before they are used: by their content, when one of them was touched
+since that was done last.
 """
 
 import hashlib
@@ -14,9 +14,10 @@ import stat
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from vllm_forge.host.files import (
     file_digest,
     folder_stamp,
     holds,
+    inode,
     read_sealed,
     walk_plain,
     write_sealed,
@@ -52,6 +54,7 @@ from vllm_forge.sources.wheel_format import record_hash, seek_to_data
 LEAST = 1 << 20
 UNPACKED = ("files", "code")
 CHECKED = "checked.json"  # what the file system said of unpacked files when they were compared
+HASHED = "hashed.json"  # and of the blob, when it was hashed
 SLIMMED = r"code/.+|files/.+\.dist-info/RECORD"  # what a slim layer is made of
 
 
@@ -162,6 +165,20 @@ def _gone(folder: Path) -> CacheError:
     return CacheError(what, where=folder, remedy=remedy)
 
 
+def hashed_blob(layer: StoredLayer) -> list[int]:
+    """The blob's ``inode``, if it was not touched since it was hashed; else empty."""
+    with suppress(OSError, ValueError):
+        now = inode(layer.blob.path.lstat())
+        if read_sealed(layer.folder / HASHED) == {"digest": layer.blob.digest, "blob": now}:
+            return now
+    return []
+
+
+def note_hashed(folder: Path, blob: LayerBlob, stamp: list[int]) -> None:
+    """Keep that a blob, whose ``inode`` was ``stamp`` before, was hashed."""
+    write_sealed(folder / HASHED, {"digest": blob.digest, "blob": stamp})
+
+
 def _rows(
     folder: Path, pattern: str, crc: Callable[[str, os.stat_result], int]
 ) -> dict[str, list[Any]]:
@@ -248,6 +265,7 @@ def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]
             del record["path"]
             write_sealed(folder / "layer.json", record)
             write_sealed(folder / CHECKED, _stamps(folder, unpacked))
+            note_hashed(folder, blob, inode(blob.path.lstat()))
     return require_stored(key, checked=True)
 
 
@@ -280,40 +298,67 @@ def ranges_of(codes: Iterable[Code]) -> list[CodeRange]:
 def _put_code_apart(entries: Sequence[Entry], folder: Path, key: str) -> set[str]:
     """Unpack large libraries to ``files``, or to ``code`` those with device code; return these."""
     apart = set()
-    for entry in entries:
-        if entry.member is not None and may_hold_code(entry.path, entry.member.file_size):
-            files, code = (folder / place / entry.path for place in UNPACKED)
-            make_folders(folder / "code", [entry.path])
-            deque(_unpacked(entry, _raw(entry), code), 0)
-            if code_ranges(key, entry.path, code):
-                apart.add(entry.path)
-            else:
-                make_folders(folder / "files", [entry.path])
-                code.rename(files)
+    with _Wheels() as wheels:
+        for entry in entries:
+            if entry.member is not None and may_hold_code(entry.path, entry.member.file_size):
+                files, code = (folder / place / entry.path for place in UNPACKED)
+                make_folders(folder / "code", [entry.path])
+                deque(_unpacked(entry, wheels.raw(entry), str(code)), 0)
+                if code_ranges(key, entry.path, code):
+                    apart.add(entry.path)
+                else:
+                    make_folders(folder / "files", [entry.path])
+                    code.rename(files)
     return apart
 
 
 def make_folders(target: Path, paths: Iterable[str]) -> list[str]:
     """Make the parent folders of ``paths`` below ``target``; return them, parents first."""
     folders = sorted(folders_of(paths))
-    for folder in folders:
-        (target / folder).mkdir(exist_ok=True)
-        (target / folder).chmod(0o755)  # whatever the umask: the checks run as another user
+    for path in [f"{target}/{folder}" for folder in folders]:  # a Path of each takes longer
+        with suppress(FileExistsError):
+            os.mkdir(path)  # noqa: PTH102
+        # Whatever the umask: the checks run as another user.
+        os.chmod(path, 0o755)  # noqa: PTH101, S103
     return folders
 
 
 def _write(folder: Path, entries: Sequence[Entry], epoch: int) -> LayerBlob:
     files = folder / "files"
     parents = make_folders(files, [entry.path for entry in entries])[::-1]
-    with LayerWriter(folder, epoch) as layer:
+    with LayerWriter(folder, epoch) as layer, _Wheels() as wheels:
         for entry in entries:
             while parents and parents[-1] < entry.path:
                 layer.directory(parents.pop())
-            _add(layer, entry, files / entry.path)
+            _add(layer, entry, f"{files}/{entry.path}", wheels)
         return layer.close()
 
 
-def _add(layer: LayerWriter, entry: Entry, target: Path) -> None:
+class _Wheels(ExitStack):
+    """Wheels, each of which is opened once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[Path, FileIO] = {}
+
+    def raw(self, entry: Entry) -> Iterator[bytes]:
+        """A member's bytes as they are in the zip."""
+        assert entry.archive is not None and entry.member is not None  # noqa: S101
+        file = self._files.get(entry.archive)
+        if file is None:
+            file = self.enter_context(FileIO(entry.archive))
+            self._files[entry.archive] = file
+        seek_to_data(file, entry.member)
+        left = entry.member.compress_size
+        while left:
+            block = file.read(min(CHUNK, left))
+            if not block:
+                raise HashMismatchError("the wheel ends early", where=entry.archive)
+            left -= len(block)
+            yield block
+
+
+def _add(layer: LayerWriter, entry: Entry, target: str, wheels: _Wheels) -> None:
     """Add one entry; of a wheel's member inflated to ``target``, unless that was done."""
     if entry.link is not None:
         layer.symlink(entry.path, entry.link)
@@ -326,29 +371,15 @@ def _add(layer: LayerWriter, entry: Entry, target: Path) -> None:
                 yield from _unpacked(entry, raw, target)
             except FileExistsError:  # a library without device code, which was checked
                 deque(raw, 0)
-                yield from read_blocks(target)
+                yield from read_blocks(Path(target))
 
-        layer.member(entry.path, entry.mode, member, _raw(entry), plain)
-
-
-def _raw(entry: Entry) -> Iterator[bytes]:
-    """A member's bytes as they are in the zip."""
-    assert entry.archive is not None and entry.member is not None  # noqa: S101
-    with entry.archive.open("rb", buffering=0) as file:
-        seek_to_data(file, entry.member)
-        left = entry.member.compress_size
-        while left:
-            block = file.read(min(CHUNK, left))
-            if not block:
-                raise HashMismatchError("the wheel ends early", where=entry.archive)
-            left -= len(block)
-            yield block
+        layer.member(entry.path, entry.mode, member, wheels.raw(entry), plain)
 
 
-def _unpacked(entry: Entry, raw: Iterable[bytes], target: Path) -> Iterator[bytes]:
+def _unpacked(entry: Entry, raw: Iterable[bytes], target: str) -> Iterator[bytes]:
     """A member's plain bytes, checked, which are written to a new file."""
     assert entry.member is not None  # noqa: S101
-    with target.open("xb") as out:
+    with open(target, "xb") as out:  # noqa: PTH123
         for block in _inflated(entry, raw):
             out.write(block)
             yield block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from tests.support.project import Project, make_project
 from vllm_forge import host
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.errors import CommandFailedError
-from vllm_forge.images import layer_checks
+from vllm_forge.host.files import file_digest
+from vllm_forge.images import layer_checks, layout
 from vllm_forge.images.errors import ImageCheckError, LayoutError
 from vllm_forge.images.layer import members
 from vllm_forge.images.prewarm import Prewarm, tree_digest
@@ -153,3 +155,22 @@ def test_bytecode_of_another_source_is_red(mini: Project, prewarm: Prewarm) -> N
         fast_build(mini, "alpha", FastEngine(foreign=b"x = 1"), prewarm=prewarm)
     _, built = fast_build(mini, "alpha", prewarm=prewarm)  # it was not kept
     assert built
+
+
+def test_blob_is_hashed_again_when_it_was_touched(
+    mini: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests: list[str] = []
+
+    def noted(path: Path) -> str:
+        digests.append(digest := file_digest(path))
+        return digest
+
+    monkeypatch.setattr(layout, "file_digest", noted)
+    image, _ = fast_build(mini, "beta")
+    one, *others = [row.blob for row in image.layers if " wheels of " in row.name]
+    assert {one.digest, *(blob.digest for blob in others)}.isdisjoint(digests)
+    os.utime(one.path)
+    fast_build(mini, "alpha")
+    assert one.digest in digests
+    assert {blob.digest for blob in others}.isdisjoint(digests)
