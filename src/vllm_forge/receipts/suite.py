@@ -149,17 +149,19 @@ def _named(root: Path, path: Path) -> Iterator[Path]:
         raise SuiteDescriptionError(f"cannot read a test: {error}", where=path) from None
     for name in sorted(names):
         yield from _module(root, path, name)
-    for name in files:
-        yield from _data(path.parent / name)
+    for beside in path.parent.iterdir():
+        if beside.name in files:
+            yield from _data(beside)
     above = ("__init__.py", "conftest.py") if path.name.startswith("test_") else ("__init__.py",)
-    for parent in path.parents:
-        if any(parent.is_relative_to(root / folder) for folder in (TESTS, CODECS_FOLDER)):
-            yield from filter(Path.is_file, map(parent.joinpath, above))
+    for top in (root / TESTS, root / CODECS_FOLDER):
+        if path.is_relative_to(top):
+            for parent in path.parents[: len(path.relative_to(top).parts)]:
+                yield from filter(Path.is_file, map(parent.joinpath, above))
 
 
 @cache  # tiers share files, and a receipt is compared with the files of its tier more than once
 def _mentioned(source: str) -> tuple[set[str], set[str]]:
-    """Modules that a source imports or names in a string, and strings that may name a file."""
+    """Project modules that a source imports or names, and strings that may name a file."""
     names, files = set[str](), set[str]()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -171,7 +173,7 @@ def _mentioned(source: str) -> tuple[set[str], set[str]]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names |= {node.value} if DOTTED.fullmatch(node.value) else set()
             files |= {node.value} if FILE_NAME.fullmatch(node.value) else set()
-    return names, files
+    return {name for name in names if name.split(".", maxsplit=1)[0] in OURS}, files
 
 
 def _data(path: Path) -> Iterator[Path]:
@@ -182,8 +184,6 @@ def _data(path: Path) -> Iterator[Path]:
 
 
 def _module(root: Path, importer: Path, name: str) -> Iterator[Path]:
-    if name.split(".", maxsplit=1)[0] not in OURS:
-        return
     if f"{name}.".startswith(("tests.gpu.", f"{CODECS}.")):
         base = root / ("src" if name.startswith("vllm_forge") else "") / name.replace(".", "/")
         yield from filter(Path.is_file, (base.with_suffix(".py"), base / "__init__.py"))
