@@ -113,11 +113,14 @@ def _comparison(row: claims.Comparison, file: ClaimsFile, _: object) -> Verdict:
     if row.flips is not None and not _possible(row.flips, *shares):
         detail = f"flips {row.flips[0]} v {row.flips[1]} cannot give these totals"
         return Verdict(Word.CONTRADICTED, "arithmetic", n, detail)
+    direction = {"equal": 0, "higher": 1, "lower": -1}[row.claims]
+    if direction and not _can_be(direction, *shares):
+        detail = f"by its own total the first is not {row.claims}"
+        return Verdict(Word.CONTRADICTED, "arithmetic", n, detail)
     interval = statistics.share_difference(*((share.count() or 0, share.of) for share in shares))
     p, method, detail, pairing = _difference(row, *shares)
     a, b = (file.arm[share.arm] for share in shares)
     others = sorted(key for key in {*a, *b} - set(row.varies) if a.get(key) != b.get(key))
-    direction = {"equal": 0, "higher": 1, "lower": -1}[row.claims]
     word = Word.HOLDS
     if row.claims == "equal" or direction * interval.value < 0:
         word = Word.CONTRADICTED
@@ -129,6 +132,12 @@ def _comparison(row: claims.Comparison, file: ClaimsFile, _: object) -> Verdict:
         detail += f"; {pairing}"
     scaled = Interval(*(100 * end for end in interval))
     return Verdict(word, method, n, detail, interval=scaled, p=p)
+
+
+def _can_be(direction: int, first: Share, second: Share) -> bool:
+    """Whether a share may be higher (1) or lower (-1) than another one that was printed so."""
+    ends = (first.counts()[::-direction][0] / first.of, second.counts()[::direction][0] / second.of)
+    return direction * (ends[0] - ends[1]) > 0
 
 
 def _printed_counts(share: Share) -> str:
@@ -341,8 +350,8 @@ def _speedup(row: claims.Speedup, _: object, runs: Mapping[str, RawRun]) -> Verd
     detail += f"; right and stopped within {cap} tokens: {right[0]} v {right[1]}, "
     detail += f"McNemar p {_p(statistics.mcnemar(*flips))}"
     word, printed = Word.CONTRADICTED, span(row.value)
-    unequal = base.cap != run.cap and not printed.meets(Span(tokens, tokens))
-    if not unequal and printed.meets(Span(wall, wall)):
+    of_wall = base.cap == run.cap and printed.meets(Span(wall, wall))
+    if of_wall or printed.meets(Span(tokens, tokens)):
         word = Word.UNDECIDED
         detail += "; 1 start, so restart noise is unknown"
     return Verdict(word, "raw results", f"{len(pairs)} items", detail)

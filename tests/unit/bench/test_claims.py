@@ -122,6 +122,7 @@ SOUND = [
     (printed(1319, "0.95", "0.90", "equal"), Word.CONTRADICTED),
     (printed(1319, "0.95", "0.94", "equal"), Word.UNDECIDED),
     (printed(14042, "0.52", "0.49", "higher"), Word.UNDECIDED),
+    (printed(1319, "0.90", "0.90", "higher"), Word.UNDECIDED),
     (printed(30, "0.792", "0.754", "higher", answers=16), Word.UNDECIDED),
     (
         {"kind": "single", "share": {"arm": "a", "of": 30, "answers": 16, "value": "0.792"}},
@@ -160,6 +161,9 @@ UNSOUND = [
     {"kind": "scored", "share": {"arm": "a", "of": 30, "right": 24}, "stopped": 22},
     batches("1.20", 10, 100),
     {"kind": "single", "share": {"arm": "a", "of": 30, "value": "0.84"}},  # 25/30, rounded up
+    comparison(88, 89, 100, "higher"),  # whatever p is
+    comparison(88, 88, 100, "lower"),
+    printed(1319, "0.90", "0.92", "higher"),
     comparison(149, 146, 164, "higher", flips=[9, 7]),
     comparison(150, 0, 164, "higher", flips=[160, 10]),
     derived("86.7", "percent", "25", "30"),
@@ -364,6 +368,22 @@ def test_other_files_are_refused(name: str, text: str, message: str, tmp_path: P
 def test_row_that_cannot_be_computed_is_named() -> None:
     with pytest.raises(ClaimsFileError, match="invalid claim c0: float division by zero"):
         verdicts(parse_claims(rows(derived("1", "ratio", "1", "0"))), {})
+
+
+@pytest.mark.parametrize(
+    ("value", "cap", "expected"),
+    [("2.0", 100, Word.UNDECIDED), ("1.5", 100, Word.UNDECIDED), ("1.5", 80, Word.UNDECIDED),
+     ("2.0", 80, Word.CONTRADICTED), ("1.8", 100, Word.CONTRADICTED)],
+)  # fmt: skip
+def test_speedup_is_of_tokens_or_of_wall_time_at_one_cap(
+    value: str, cap: int, expected: Word
+) -> None:
+    answers = [{"q1": Answer(right=True, stopped=True, tokens=tokens)} for tokens in (60, 45)]
+    claims = rows({"kind": "speedup", "value": value, "base": "a", "run": "b"})
+    raw = {"file": "a.json", "of": "x", "sha256": "0" * 64}
+    runs = {"a": RawRun(100, 2.0, answers[0]), "b": RawRun(cap, 1.0, answers[1])}
+    (verdict,) = verdicts(parse_claims({**claims, "raw": {"a": raw, "b": raw}}), runs)
+    assert verdict.word is expected
 
 
 def test_raw_results_of_other_items_are_refused() -> None:
