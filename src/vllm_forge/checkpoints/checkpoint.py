@@ -129,7 +129,9 @@ class Folder(CheckpointSource):
             sum(512 * shard.st_blocks for shard in shards),
             sum(s.st_size for s in shards),
         )
-        return f"{stored} of its {size} bytes are on disk" if stored < size * LEAST_STORED else ""
+        if not 0 < stored < size * LEAST_STORED:  # 0: the file system does not say
+            return ""
+        return f"{stored} of its {size} bytes are on disk"
 
     def __str__(self) -> str:
         return printable(str(self.path))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import pytest
 from tests.gpu.harness.errors import InputError
 from tests.gpu.harness.identity import identity
 from tests.support.layouts import MADE, layout_config
-from vllm_forge.checkpoints.checkpoint import Checkpoint
+from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder
 from vllm_forge.checkpoints.errors import (
     CheckpointDepartsError,
     CheckpointUnreadableError,
@@ -136,6 +137,18 @@ def test_rehearsal_without_its_marks_is_found(sign: bool, tmp_path: Path) -> Non
     (found, *_) = files_of(Profile.open(tmp_path / "made"))
     assert found.check == "rehearsal"
     assert ("this-is-a-rehearsal" if sign else "bytes are on disk") in found.what
+
+
+@pytest.mark.parametrize(("blocks", "found"), [(0, False), (8, True), (1 << 17, False)])
+def test_file_system_that_does_not_say_is_believed(
+    blocks: int, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.safetensors").touch()
+    folder = Folder(tmp_path)
+    status = SimpleNamespace(st_size=BIG, st_blocks=blocks)
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: status)
+    monkeypatch.setattr(Path, "exists", lambda *_, **__: False)
+    assert bool(folder.worthless) == found
 
 
 def numbers(tensor: StoredTensor) -> np.ndarray[Any, Any]:
