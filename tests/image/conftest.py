@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,9 @@ HOW = "run `nox -s test -- --provision` as root on Debian, which installs it"
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engine tests share builds: one worker runs them all but those with a group of their own."""
+    """Engine tests share builds: one worker runs them all."""
     for item in items:
-        if "engine" in item.keywords and "xdist_group" not in item.keywords:
+        if "engine" in item.keywords:
             item.add_marker(pytest.mark.xdist_group("engine"))
 
 
@@ -45,17 +46,23 @@ def require_registry() -> None:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A project without an image yet."""
+    """A project without an image yet; its Debian packages are locked."""
     require_engine()
     made = make_project(tmp_path_factory.mktemp("mini"))
+    made.lock_base()
     yield made
     made.index.close()
 
 
 @pytest.fixture(scope="session")
-def built(project: Project) -> Project:
-    """The same with the image of alpha built."""
-    project.run("build", "alpha")
+def first_build(project: Project) -> subprocess.CompletedProcess[str]:
+    """The command that built alpha from nothing, with its output."""
+    return project.run("build", "alpha")
+
+
+@pytest.fixture(scope="session")
+def built(project: Project, first_build: subprocess.CompletedProcess[str]) -> Project:
+    """The project with the image of alpha built."""
     return project
 
 

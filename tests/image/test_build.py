@@ -7,11 +7,14 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +23,8 @@ import zstandard
 
 from tests.image.conftest import engines
 from tests.support.index_server import serve_folder
-from tests.support.project import CODE, LIBRARY, PATCHED, VLLM, Project, make_project
+from tests.support.project import BASE_LOCK, CODE, LIBRARY, PATCHED, VLLM, Project, make_project
+from tests.support.rootless import UID, missing, rootless
 from vllm_forge.host.files import mounted_below
 from vllm_forge.images.layout import Image, read_image, verify
 from vllm_forge.project import Project as ForgeProject
@@ -28,7 +32,7 @@ from vllm_forge.release.registry import Reference, Repository
 from vllm_forge.sources.debian import read_base_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.engine
 
@@ -204,56 +208,106 @@ def test_another_patch_changes_the_last_layer_only(built: Project, sibling: Proj
     assert before[-1] != after[-1]
 
 
-def test_dry_run_prints_the_commands_of_the_real_run(project: Project, tmp_path: Path) -> None:
+def test_dry_run_prints_the_commands_of_the_real_run(
+    project: Project, first_build: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
     """Without engine and network, and nothing is written."""
     fresh = project.copy(tmp_path)
-    engine = engines()[0]
     bare = tmp_path / "bin"
     bare.mkdir()
     for tool in ("apt-get", "git"):  # all but an engine
         (bare / tool).symlink_to(str(shutil.which(tool)))
     dry = fresh.run(
-        "build", "alpha", "--dry-run", "--engine", engine,
+        "build", "alpha", "--dry-run", "--engine", project.record(ALPHA)["engine"],
         PATH=str(bare), UV_DEFAULT_INDEX="http://127.0.0.1:9/simple",
     )  # fmt: skip
     printed = [line for line in dry.stdout.splitlines() if not line.startswith("#")]
     assert not (fresh.root / "dist").exists()
     assert not fresh.cache.exists()
-    real = fresh.run("build", "alpha", "--engine", engine)
     ran = [
         line.strip().removeprefix("$ ")
-        for line in real.stderr.splitlines()
+        for line in first_build.stderr.splitlines()
         if line.strip().startswith("$ ")
     ]
-    assert [shlex.split(line) for line in printed] == [shlex.split(line) for line in ran]
+    assert ran
+    assert commands(printed, tmp_path) == commands(ran, project.root.parent)
 
 
-@pytest.mark.parametrize("engine", engines() or ["none"])
-def test_two_builds_give_one_digest(project: Project, tmp_path: Path, engine: str) -> None:
-    """From nothing, twice, of locked Debian packages: mirrors have them, then only a snapshot."""
-    first = project.copy(tmp_path / "first")
-    matrix = first.root / "matrix.toml"
-    row = '[base]\nlock = "docker/locks/debian.txt"\n'
-    matrix.write_text(matrix.read_text().replace("[base]\n", row))
-    first.run("wheels", "lock", "--base")
-    first.run("build", "alpha", "--engine", engine, "--base", "locked")
-    lock = read_base_lock(first.root, ForgeProject(first.root).matrix.base)
+def commands(lines: list[str], folder: Path) -> list[list[str]]:
+    """Commands without the folder, whose hash is in the names of containers."""
+    texts = [line.replace(str(folder), "FOLDER") for line in lines]
+    return [shlex.split(re.sub(r"\bvllm-forge-[0-9a-f]{12}\b", "CONTAINER", t)) for t in texts]
+
+
+@pytest.fixture(scope="module", params=engines() or ["none"])
+def pair(built: Project, request: pytest.FixtureRequest) -> Iterator[tuple[Project, Project]]:
+    """Two builds by an engine, the second from nothing, of packages that only a snapshot still has.
+
+    It is of a user without rights, where this host can make one.
+    """
+    engine = request.param
+    # Another user can reach it: pytest closes its own folders, while this fixture is in use too.
+    with tempfile.TemporaryDirectory(prefix="vllm-forge-again-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        first = built
+        if engine != built.record(ALPHA)["engine"]:
+            first = built.copy(folder / "first", "debs")
+            first.run("build", "alpha", "--engine", engine)
+        again = first.copy(folder / "joe")
+        no_mirrors = folder / "apt.conf"
+        no_mirrors.write_text(
+            'Dir::Etc::SourceList "/dev/null";\nDir::Etc::SourceParts "/dev/null";\n'
+        )
+        build = [sys.executable, "-m", "vllm_forge", "build", "alpha", f"--engine={engine}"]
+        build.append("--base=locked")
+        with serve_folder(snapshot_of(first, folder / "snapshot")) as url:
+            matrix = again.root / "matrix.toml"
+            row = f'[base]\nsnapshots = ["{url}{{date}}"]\n'
+            matrix.write_text(matrix.read_text().replace("[base]\n", row))
+            if not lacks_for_rootless(engine):
+                for path in (folder / "joe", *(folder / "joe").rglob("*")):
+                    os.chown(path, UID, UID, follow_symlinks=False)
+                build = rootless(build, folder / "namespace")
+            environment = {"HOME": str(folder / "joe"), "APT_CONFIG": str(no_mirrors)}
+            done = subprocess.run(
+                build, cwd=again.root, env=again.environment | environment,
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        yield first, again
+
+
+def lacks_for_rootless(engine: str) -> str:
+    """What a rootless build by this engine needs and this host lacks; empty if nothing."""
+    return missing() if engine == "buildah" else "buildah"
+
+
+def snapshot_of(project: Project, folder: Path) -> Path:
+    """A folder like a snapshot of Debian's archive, with the locked packages of a build."""
+    lock = read_base_lock(project.root, ForgeProject(project.root).matrix.base)
     assert lock is not None
     for package in lock.packages:
-        (file,) = (first.cache / "debs" / package.sha256).iterdir()
-        path = tmp_path / "snapshot" / lock.date / package.path
+        (file,) = (project.cache / "debs" / package.sha256).iterdir()
+        path = folder / lock.date / package.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.hardlink_to(file)
-    no_mirrors = tmp_path / "apt.conf"
-    no_mirrors.write_text('Dir::Etc::SourceList "/dev/null";\nDir::Etc::SourceParts "/dev/null";\n')
-    second = first.copy(tmp_path / "second")
-    matrix = second.root / "matrix.toml"
-    with serve_folder(tmp_path / "snapshot") as url:
-        row = f'[base]\nsnapshots = ["{url}{{date}}"]\n'
-        matrix.write_text(matrix.read_text().replace("[base]\n", row))
-        options = ("--engine", engine, "--base", "locked")
-        second.run("build", "alpha", *options, APT_CONFIG=str(no_mirrors))
-    assert image(first).digest == image(second).digest
+        shutil.copyfile(file, path)
+    return folder
+
+
+def test_two_builds_give_one_digest(pair: tuple[Project, Project]) -> None:
+    first, again = map(image, pair)
+    assert layers(first) == layers(again)
+    assert first.digest == again.digest
+
+
+def test_rootless_build_is_the_image_of_root(pair: tuple[Project, Project]) -> None:
+    """Debian's bytecode and the attributes of a rootless overlay would differ."""
+    root, user = pair
+    if lacking := lacks_for_rootless(root.record(ALPHA)["engine"]):
+        pytest.skip(f"a rootless build needs {lacking}")
+    assert (user.root / "dist" / ALPHA).stat().st_uid == UID
+    assert layers(image(root)) == layers(image(user))
 
 
 def test_push_and_pull_by_digest(built: Project, registry: str, tmp_path: Path) -> None:
@@ -304,30 +358,31 @@ def test_registry_base_gets_what_it_lacks(
     assert "usr/bin/column" in {n.removeprefix("./") for n in names(image(sibling), 1)}
 
 
-@pytest.mark.parametrize(
-    ("moment", "kept"),
-    [
-        ("fetch 3 wheels", ("rootfs", "systems")),
-        ("mmdebstrap", ()),
-        ("buildah bud", ("rootfs",)),
-        ("assemble the image", ("rootfs", "systems")),
-        ("runc", ("rootfs", "systems")),
-        ("its name", ("rootfs", "systems")),
-    ],
-)
-def test_kill_9_leaves_no_image_and_the_next_run_succeeds(
-    built: Project, tmp_path: Path, moment: str, kept: tuple[str, ...]
-) -> None:
-    fresh = built.copy(tmp_path, *kept)
-    process = fresh.start("build", "alpha", "--engine", "buildah")
-    assert process.stderr is not None
-    assert any(moment in line for line in process.stderr)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()  # ends only when all that inherited the pipe has ended
-    assert process.returncode == -signal.SIGKILL
-    assert not (fresh.root / "dist" / f"{ALPHA}.json").exists()
-    if (fresh.root / "dist" / ALPHA).exists():  # killed between the two renames
-        verify(image(fresh))
+# Of a build: where it is killed, and what of a finished one it may use from there on.
+MOMENTS: dict[str, tuple[str, ...]] = {
+    "fetch 3 wheels": (),
+    "mmdebstrap": (),
+    "buildah bud": (),
+    "assemble the image": ("rootfs",),  # which may have been killed while it was compressed
+    "runc": (),
+    "its name": (),
+}
+
+
+def test_kill_9_leaves_no_image_and_the_next_run_succeeds(built: Project, tmp_path: Path) -> None:
+    """Each run gets beyond the moment at which the one before it was killed."""
+    fresh = built.copy(tmp_path, "debs")
+    for moment, kept in MOMENTS.items():
+        built.lend(fresh, *kept)
+        process = fresh.start("build", "alpha", "--engine", "buildah")
+        assert process.stderr is not None
+        assert any(moment in line for line in process.stderr), moment
+        process.send_signal(signal.SIGKILL)
+        process.communicate()  # ends only when all that inherited the pipe has ended
+        assert process.returncode == -signal.SIGKILL, moment
+        assert not (fresh.root / "dist" / f"{ALPHA}.json").exists(), moment
+        if (fresh.root / "dist" / ALPHA).exists():  # killed between the two renames
+            verify(image(fresh))
     fresh.run("build", "alpha", "--engine", "buildah")
     verify(image(fresh))
 
@@ -365,9 +420,7 @@ def test_two_builds_of_one_cell_at_once(built: Project, tmp_path: Path) -> None:
 
 def test_module_that_does_not_import_fails_the_build(built: Project, tmp_path: Path) -> None:
     broken = "vllm/model_executor/layers/quantization/broken.py"
-    project = make_project(tmp_path, {broken: "import absent_package\n"})
-    for name in ("rootfs", "systems"):
-        shutil.copytree(built.cache / name, project.cache / name, symlinks=True)
+    project = make_project(tmp_path, {broken: "import absent_package\n"}, base=built)
     done = project.run("build", "alpha", code=61)
     assert "absent_package" in done.stderr
     assert not (project.root / "dist").exists()
@@ -389,9 +442,8 @@ b'{"packages": {"passed": true, "detail": "forged", "seconds": 0.0}}\\n'), os._e
 
 def test_wheel_that_forges_verdicts_fails_the_build(built: Project, tmp_path: Path) -> None:
     """Its .pth file ends every Python that looks at site-packages, after an answer of its own."""
-    project = make_project(tmp_path, more={"evil.pth": FORGED, "vllm/evil.py": b""})
-    for name in ("rootfs", "systems"):
-        shutil.copytree(built.cache / name, project.cache / name, symlinks=True)
+    more = {"evil.pth": FORGED, "vllm/evil.py": b""}
+    project = make_project(tmp_path, more=more, base=built)
     done = project.run("build", "alpha", code=61)
     site = "/opt/venv/lib/python3.13/site-packages"
     assert f"file that runs when Python starts: {site}/evil.pth of sixlike" in done.stderr
@@ -534,7 +586,9 @@ def test_rebuilds_leave_published_images_unchanged(built: Project, tmp_path: Pat
         "patch": lambda: fresh.patch("bool(args) and not args.dynamic"),
         "dockerfile": lambda: dockerfile.write_text(dockerfile.read_text() + "\n# changed\n"),
         "rootfs": lambda: matrix.write_text(
-            matrix.read_text().replace('"ca-certificates", ', '"ca-certificates", "less", ')
+            matrix.read_text()
+            .replace('"ca-certificates", ', '"ca-certificates", "less", ')
+            .replace(f'lock = "{BASE_LOCK}"\n', "")
         ),
     }
     published = fresh.root / "published"

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.image.conftest import require_engine
 from tests.support.fast_build import need_kernels
 from tests.support.flashinfer import FILES, flashinfer, serve_archive
 from tests.support.project import Project, make_project
@@ -23,9 +22,8 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    require_engine()
-    made = make_project(tmp_path_factory.mktemp("mini"), flashinfer=flashinfer())
+def mini(built: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    made = make_project(tmp_path_factory.mktemp("mini"), flashinfer=flashinfer(), base=built)
     serve_archive(made.index)
     yield made
     made.index.close()

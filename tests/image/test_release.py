@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from tests.support.project import Project
 
-# Its builds are its own: another worker than that of the other engine tests.
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("release")]
+pytestmark = pytest.mark.engine
 
 CANDIDATE, RELEASE, LINE = "0.1.0-forge.1-alpha-rc1", "0.1.0-forge.1-alpha", "mini-alpha"
 NOX = """#!{python}
@@ -64,16 +63,10 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(
-    project: Project, registry: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Shop]:
+def shop(built: Project, registry: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     """Alpha of locked Debian packages as a candidate, and the receipt of a lab."""
     folder = tmp_path_factory.mktemp("shop")
-    mini = project.copy(folder)
-    matrix = mini.root / "matrix.toml"
-    row = '[base]\nlock = "docker/locks/debian.txt"\n'
-    matrix.write_text(matrix.read_text().replace("[base]\n", row))
-    mini.run("wheels", "lock", "--base")
+    mini = built.copy(folder, "rootfs", "systems")
     keys = prepare(mini, folder)
     shop = Shop(project=mini, keys=keys, registry=registry)
     made = json.loads(mini.run(*shop.argv("candidate")).stdout)

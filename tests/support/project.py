@@ -30,6 +30,7 @@ from vllm_forge.sources import SourceRepo
 
 REPO = Path(__file__).parents[2]
 RELEASE = "0.1.0"
+BASE_LOCK = "docker/locks/debian.txt"
 
 VLLM = {
     "vllm/__init__.py": "from ._version import __version__\n",
@@ -202,6 +203,21 @@ class Project:
             shutil.copytree(self.cache / name, made.cache / name, symlinks=True)
         return made
 
+    def lock_base(self) -> None:
+        """Lock the Debian packages that this host's archives have."""
+        matrix = self.root / "matrix.toml"
+        row = f'[base]\nlock = "{BASE_LOCK}"\n'
+        matrix.write_text(matrix.read_text().replace("[base]\n", row))
+        self.run("wheels", "lock", "--base")
+
+    def lend(self, other: Project, *names: str) -> None:
+        """Give another project what its caches of these names lack."""
+        for name in names:
+            for kept in (self.cache / name).iterdir():
+                copy = other.cache / name / kept.name
+                if not copy.exists():
+                    shutil.copytree(kept, copy, symlinks=True)
+
     def record(self, cell: str) -> dict[str, Any]:
         """The record beside a finished image."""
         result: dict[str, Any] = json.loads((self.root / "dist" / f"{cell}.json").read_text())
@@ -233,17 +249,21 @@ def make_project(
     files: dict[str, str] | None = None,
     more: dict[str, bytes] | None = None,
     flashinfer: dict[str, bytes] | None = None,
+    base: Project | None = None,
 ) -> Project:
     """A locked and patched project in ``folder``.
 
     ``files`` replace those of the tiny vllm; another wheel also has ``more``; one more wheel is of
-    the files of a ``flashinfer``.
+    the files of a ``flashinfer``. The Debian packages, rootfs and system are those of ``base``.
     """
     root = folder / "checkout"
     (root / "docker" / "locks").mkdir(parents=True)
     for name in ("Dockerfile", "libcuda-functions.txt"):
         shutil.copy(REPO / "docker" / name, root / "docker" / name)
     (root / "matrix.toml").write_text(MATRIX)
+    if base is not None:
+        for shared in ("matrix.toml", BASE_LOCK):
+            shutil.copy(base.root / shared, root / shared)
     source = {path: text.encode() for path, text in (VLLM | (files or {})).items()}
     code = library(fatbin(*(entry("cubin", str(arch), CODE[arch]) for arch in CODE)))
     torch = {
@@ -280,6 +300,8 @@ def make_project(
     )
     index.add("vllm", archive.name, Served(content=archive.read_bytes()))
     project = Project(root=root, cache=folder / "cache", index=index)
+    if base is not None:
+        base.lend(project, "rootfs", "systems")
     project.call("wheels", "lock", "--line", "mini")
     project.patch("args is not None and not args.dynamic")
     return project
