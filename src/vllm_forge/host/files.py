@@ -91,8 +91,9 @@ def open_plain(path: Path, folder: int | None = None) -> io.BufferedReader:
 def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
     """Content of a file, see ``open_plain``; ValueError for one of more than ``most`` bytes."""
     with open_plain(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(most + 1) if size <= most else b""
+    if max(size, len(content)) > most:  # it may have grown
         raise ValueError(f"larger than {most} bytes")
     return content
 
