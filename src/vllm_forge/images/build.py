@@ -66,6 +66,7 @@ from vllm_forge.patches.wheel import PatchedWheel, python_blobs
 from vllm_forge.project import Project
 from vllm_forge.sources import SourceRepo, Wheelhouse
 from vllm_forge.sources.debian import read_base_lock
+from vllm_forge.sources.errors import LockFileError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,8 +424,12 @@ def accept(
 
 
 def _show_other_packages(plan: ImagePlan, installed: dict[str, str]) -> None:
-    """Say which packages are not those of the lock, if there is one."""
-    lock = read_base_lock(plan.project.root, plan.cell.base)
+    """Say which packages are not those of the lock, if there is one for these rows."""
+    try:
+        lock = read_base_lock(plan.project.root, plan.cell.base)
+    except LockFileError as error:  # this build does not use it
+        host.console.print(f"  [yellow]base[/] {escape(str(error))}")
+        return
     locked = {package.name: package.version for package in (lock.packages if lock else ())}
     for change in differences(locked, installed) if locked not in ({}, installed) else ():
         host.console.print(f"  [yellow]base[/] {escape(change)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from vllm_forge.sources.errors import (
     DistributionNotFoundError,
     HashMismatchError,
     IndexUnreachableError,
+    LockFileError,
 )
 
 if TYPE_CHECKING:
@@ -84,6 +86,17 @@ def test_image_says_which_packages_it_stands_on(mini: MiniProject) -> None:
     lock = (mini.root / "docker/locks/debian.txt").read_bytes()
     assert label(fast_build(mini, "alpha")[0]) == f"sha256:{hashlib.sha256(lock).hexdigest()}"
     assert label(fast_build(mini, "alpha", base="current")[0]) == "current"
+
+
+def test_current_packages_need_no_fitting_lock(
+    mini: MiniProject, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = mini.root / "docker/locks/debian.txt"
+    lock.write_text(re.sub("(?m)^# input: .*$", "# input: 0", lock.read_text()))
+    with pytest.raises(LockFileError):
+        fast_build(mini, "alpha")
+    assert label(fast_build(mini, "alpha", base="current")[0]) == "current"
+    assert "was not made for what matrix.toml now says" in capsys.readouterr().err
 
 
 def test_packages_come_while_wheels_do(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> None:
