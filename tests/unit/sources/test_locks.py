@@ -495,7 +495,7 @@ def test_real_uv_and_no_index(line: Line, base: Base, tmp_path: Path, no_retries
 def test_real_uv_downloads_no_python(
     packages: IndexServer, line: Line, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """uv is told a version, and looks for no interpreter of it, which this host does not have."""
+    """uv does not search for the Python of the line, which may not be installed."""
     for name in ("UV_CACHE_DIR", "UV_PYTHON_INSTALL_DIR", "PATH"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("UV_PYTHON_INSTALL_MIRROR", f"{packages.base}/pythons")
