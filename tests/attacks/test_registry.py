@@ -21,6 +21,7 @@ from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import RecordingRunner
 from vllm_forge.images.layout import MANIFEST
 from vllm_forge.project import Project
+from vllm_forge.release import registry as module
 from vllm_forge.release import transport
 from vllm_forge.release.errors import (
     ManifestMissingError,
@@ -210,6 +211,34 @@ def test_list_that_goes_on_elsewhere_is_refused(
     with pytest.raises(RegistryContentError, match="goes on at another host"):
         repository.tags()
     assert elsewhere.requests == []
+
+
+@pytest.mark.parametrize("address", ["http://[", "https://[::1", "//[x]/"])
+@pytest.mark.parametrize("place", ["manifest", "upload", "page", "token"])
+def test_address_that_cannot_be_parsed_is_refused(
+    place: str, address: str, registry: RegistryServer, repository: Repository
+) -> None:
+    challenge = f'Bearer realm="{address}"'
+    faults: dict[str, tuple[str, int, dict[str, str], Callable[[], object]]] = {
+        "manifest": ("GET", 307, {"Location": address}, lambda: repository.resolve("dev")),
+        "upload": ("POST", 202, {"Location": address}, lambda: repository.put_blob(b"x")),
+        "page": ("GET", 200, {"Link": f'<{address}>; rel="next"'}, repository.tags),
+        "token": ("GET", 401, {"WWW-Authenticate": challenge}, lambda: repository.resolve("dev")),
+    }
+    method, status, headers, read = faults[place]
+    registry.plant(method, ".*", status=status, headers=headers, content=b'{"tags": []}')
+    with pytest.raises(ForgeError):
+        read()
+
+
+def test_list_of_too_many_rows_is_refused(
+    registry: RegistryServer, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of 4 MB has a million empty rows, and there may be 200 pages."""
+    monkeypatch.setattr(module, "MOST_ROWS", 3)
+    registry.plant("GET", ".*/tags/list", status=200, content=b'{"tags": [[], [], [], []]}')
+    with pytest.raises(RegistryContentError, match="has more than 3 rows"):
+        repository.tags()
 
 
 def test_list_that_never_ends_is_refused(registry: RegistryServer, repository: Repository) -> None:

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
-from urllib.parse import urljoin
 
 import requests
 from pydantic import ConfigDict, Field
@@ -39,7 +38,7 @@ INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER = "application/vnd.docker.distribution.manifest"
 ACCEPTED = f"{MANIFEST}, {INDEX}, {DOCKER}.v2+json, {DOCKER}.list.v2+json"
 MANIFEST_BYTES = 4 << 20  # the spec's bound
-MOST_PAGES = 200
+MOST_PAGES, MOST_ROWS = 200, 200_000
 READ_TRIES = 3
 SHOWN = 300  # characters of a reference, or of a registry's error
 LONGEST = 512  # characters of a reference
@@ -230,7 +229,7 @@ class Repository:
             if self.has_blob(digest):
                 return digest
             with self._ask("POST", f"{self._url}/blobs/uploads/", (202,), data=b"") as answer:
-                place = self.session.follow(answer, answer.headers.get("Location", ""))
+                place = self.session.follow(answer.url, answer.headers.get("Location", ""))
             url = f"{place}{'&' if '?' in place else '?'}digest={digest}"
             headers = {"Content-Type": "application/octet-stream"}
             with self._ask("PUT", url, (201,), headers, data=file):
@@ -275,11 +274,13 @@ class Repository:
             except (ValueError, LookupError, TypeError):
                 raise self._lie(f"{path} is not a list of {key}", url) from None
             rows += page
+            if len(rows) > MOST_ROWS:
+                raise self._lie(f"{path} has more than {MOST_ROWS} rows", url)
             links = requests.utils.parse_header_links(answer[1].get("Link", "") if answer else "")
             following = [row["url"] for row in links if row.get("rel") == "next"]
             if not following:
                 return rows
-            url = urljoin(url, following[0])
+            url = self.session.follow(url, following[0])
             if not self.session.is_own(url):
                 raise self._lie(f"{path} goes on at another host", url)
         raise self._lie(f"{path} has more than {MOST_PAGES} pages", url)

@@ -160,7 +160,7 @@ class RegistrySession(PatientSession):
                 return answer
             answer.close()
             request = request.copy()
-            request.prepare_url(self.follow(answer, answer.headers["Location"]), None)
+            request.prepare_url(self.follow(answer.url, answer.headers["Location"]), None)
             options["proxies"] = resolve_proxies(request, options.get("proxies"))
         raise requests.TooManyRedirects(f"more than {MOST_REDIRECTS}")
 
@@ -168,10 +168,15 @@ class RegistrySession(PatientSession):
         """None: ``send`` follows; requests would read the body of the redirect, however long."""
         del resp
 
-    def follow(self, answer: requests.Response, location: str) -> str:
+    def follow(self, place: str, location: str) -> str:
         """The absolute URL of a Location or Link; RegistryContentError if it gives up TLS."""
-        url = urljoin(answer.url, location)
-        if urlsplit(url).scheme not in {"https", urlsplit(self.base).scheme}:
+        try:
+            url = urljoin(place, location)
+            scheme = urlsplit(url).scheme
+        except ValueError as error:  # e.g. of half an IPv6 address
+            what, remedy = f"the registry names an invalid address: {error}", "do not use it"
+            raise RegistryContentError(what, where=self.base, remedy=remedy) from None
+        if scheme not in {"https", urlsplit(self.base).scheme}:
             what = "the registry redirects to an address without TLS"
             remedy = "do not use it; behind a proxy it must be set up with its own external address"
             raise RegistryContentError(what, where=self.base, remedy=remedy)
@@ -203,9 +208,10 @@ class RegistrySession(PatientSession):
 
     def _token(self, rest: str, stored: Credentials | None, options: dict[str, Any]) -> str:
         challenge = parse_dict_header(rest)  # type: ignore[no-untyped-call]
-        realm = str(challenge.get("realm"))
-        if urlsplit(realm).scheme not in {"https", urlsplit(self.base).scheme}:
-            raise self._refused("names a token service without TLS")
+        try:
+            realm = self.follow("", str(challenge.get("realm")))
+        except RegistryContentError:
+            raise self._refused("names a token service without TLS") from None
         fields: dict[str, str] = {
             key: str(challenge[key]) for key in ("service", "scope") if key in challenge
         }
