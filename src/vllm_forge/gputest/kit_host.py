@@ -301,13 +301,14 @@ def run_in(run: Run) -> int:
 
 def become(run: Run) -> NoReturn:
     """Turn this process, the first of its PID namespace, into the command."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc = ctypes.CDLL(None)  # the image has another one
     mount("-t", "proc", "proc", f"{run.root}/proc")
     os.chroot(run.root)
     os.chdir(run.cwd)
     os.setgroups([])
     os.setgid(run.uid)
     os.setuid(run.uid)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of the user clears it
     program = shutil.which(run.argv[0], path=run.env.get("PATH", os.defpath))
     if program is None:
         fail(f"the image has no program {run.argv[0]}")

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -261,6 +262,24 @@ def test_ending_the_kit_ends_its_commands(folder: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == "stopped\n"
     assert process.returncode == 3
+
+
+@ROOT_ONLY
+@pytest.mark.parametrize("uid", ["0", "10001"])
+def test_killing_the_kit_ends_its_commands(folder: Path, uid: str) -> None:
+    """Also those of another user: a change of the user clears the signal of a parent's death."""
+    call(folder, "unpack")
+    script = "echo ready; exec sleep 1000"
+    command = ["sh", str(folder / "run.sh"), "exec", "--uid", uid, "--", "sh", "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line == "ready\n" for line in process.stdout)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        ended, _, _ = select.select([process.stdout], [], [], 10)  # the command had it open, too
+        if not ended:
+            os.kill(int(child), signal.SIGKILL)
+        assert ended
 
 
 def test_damaged_part_is_named_and_replaces_no_good_one(folder: Path, tmp_path: Path) -> None:
