@@ -28,7 +28,9 @@ import ctypes
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,6 +51,7 @@ DRIVER_LIBRARIES = (
 # Mount points that the image lacks; an engine makes them as well.
 FOLDERS = ("proc", "sys", "dev", "forge", "output", "cache", "tmp", DRIVER_FOLDER)
 SMI = "usr/bin/nvidia-smi"
+PART = re.compile(r"part-\d+")
 CHUNK = 1 << 22
 SHM = "16g"
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x20000, 0x8000000, 0x20000000
@@ -75,11 +78,12 @@ def read_manifest() -> dict[str, Any]:
     try:
         manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
         for part in manifest["parts"]:
-            if Path(part["name"]).name != part["name"] or not {"size", "sha256"} <= set(part):
+            if not PART.fullmatch(part["name"]) or not {"size", "sha256"} <= set(part):
                 raise ValueError(f"invalid part: {part}")  # noqa: TRY301
-        for name in ("digest", "suite"):
-            manifest[name]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        manifest["digest"].encode()
+        for name in ("suite", "bench"):
+            _ = [manifest[name][key] for key in ("argv", "last", "env")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         fail(f"invalid manifest.json ({type(error).__name__}: {error}): copy it again")
     return dict(manifest)
 
@@ -102,9 +106,11 @@ def matches(path: Path, part: dict[str, Any]) -> bool:
 
 
 def take(manifest: dict[str, Any], work: Path) -> None:
-    """Copy the parts beside this file into the work folder; a damaged one replaces none."""
+    """Copy the parts beside this file to those of this kit; a damaged one replaces none."""
+    kept = place(work, "parts", manifest)
+    kept.mkdir(mode=0o700, exist_ok=True)
     for part in manifest["parts"]:
-        source, target = HERE / part["name"], work / part["name"]
+        source, target = HERE / part["name"], kept / part["name"]
         if source.is_file():
             if not matches(source, part):
                 fail(f"{source} does not match manifest.json: copy it again")
@@ -115,25 +121,31 @@ def take(manifest: dict[str, Any], work: Path) -> None:
             finally:
                 aside.unlink(missing_ok=True)
     names = [part["name"] for part in manifest["parts"]]
-    missing = [name for name in names if not (work / name).is_file()]
+    missing = [name for name in names if not (kept / name).is_file()]
     print(f"{len(names) - len(missing)} of {len(names)} parts taken", flush=True)
+
+
+def place(work: Path, what: str, manifest: dict[str, Any]) -> Path:
+    """A folder of this kit alone; others have parts of the same names."""
+    digest = hashlib.sha256(json.dumps(manifest["parts"]).encode()).hexdigest()
+    return work / f"{what}-{digest[:16]}"
 
 
 def content(manifest: dict[str, Any], work: Path) -> Path:
     """Folder with the joined parts: layers, bundle, caches. Made once per kit."""
-    digest = hashlib.sha256(json.dumps(manifest["parts"]).encode()).hexdigest()
-    folder = work / f"content-{digest[:16]}"
+    folder, kept = place(work, "content", manifest), place(work, "parts", manifest)
     if folder.is_dir():
         return folder
+    for part in manifest["parts"]:
+        path = kept / part["name"]
+        if not path.is_file():
+            fail(f"missing {part['name']}: run `take` where it is")
+        if not matches(path, part):
+            fail(f"{path} does not match manifest.json: run `take` with it again")
     aside = fresh(work / "content.new")
     with untar(aside, "--no-same-owner") as tar:
         for part in manifest["parts"]:
-            path = work / part["name"]
-            if not path.is_file():
-                fail(f"missing {part['name']}: run `take` where it is")
-            if not matches(path, part):
-                fail(f"{path} does not match manifest.json: run `take` with it again")
-            with path.open("rb") as file:
+            with (kept / part["name"]).open("rb") as file:
                 shutil.copyfileobj(file, tar, CHUNK)
     aside.rename(folder)
     return folder
@@ -330,32 +342,46 @@ def volume(work: Path, uid: int) -> Path:
 
 
 def bring_caches(folder: Path, target: Path) -> None:
-    """Copy compiled kernels that the kit carries into a volume, once."""
-    place = target / "jit"
-    if (folder / "jit").is_dir() and not place.exists():
-        aside = fresh(target / "jit.new")
-        shutil.copytree(folder / "jit", aside, dirs_exist_ok=True)
-        aside.rename(place)
+    """Copy compiled kernels that the kit carries into a volume, once for each stack."""
+    for stack in (folder / "jit").glob("*"):
+        kept = target / "jit" / stack.name
+        if not kept.exists():
+            aside = fresh(target / "jit.new")
+            shutil.copytree(stack, aside, dirs_exist_ok=True)
+            kept.parent.mkdir(exist_ok=True)
+            aside.rename(kept)
 
 
-def pack_caches(work: Path, output: Path, limit: int) -> None:
-    """Pack the kernels that runs of the suite compiled, in parts of at most ``limit`` bytes."""
-    folder = work / "cache-0"
+def pack_caches(arguments: list[str]) -> int:
+    """Pack the kernels that runs of the suite compiled."""
+    parser = argparse.ArgumentParser("kit.py caches", usage=__doc__, allow_abbrev=False)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--max-part", type=float, default=61)
+    args = parser.parse_args(arguments)
+    if not 0 < args.max_part < math.inf:
+        fail("invalid --max-part: expected a number above 0")
+    folder, output = work_folder() / "cache-0", args.output
     if not (folder / "jit").is_dir():
         fail(f"no compiled kernels in {folder / 'jit'}: run `go` first")
     output.mkdir(parents=True, exist_ok=True)
-    for old in output.glob("caches.tar.gz.*"):
-        old.unlink()
-    pack = ["tar", "--create", "--gzip", f"--directory={folder}", "jit"]
-    cut = ["split", f"--bytes={limit}", "--numeric-suffixes", "--suffix-length=3", "-"]
-    with subprocess.Popen(pack, stdout=subprocess.PIPE) as tar:
-        split = subprocess.run([*cut, f"{output}/caches.tar.gz."], stdin=tar.stdout, check=False)
-    if split.returncode:
-        fail(f"cannot write into {output}: split exited with {split.returncode}")
-    if tar.returncode:
-        fail(f"cannot pack {folder / 'jit'}: tar exited with {tar.returncode}; end all runs")
-    number = len(list(output.glob("caches.tar.gz.*")))
-    print(f"{number} parts of compiled kernels in {output}", flush=True)
+    aside = fresh(output / ".new")
+    try:
+        pack = ["tar", "--create", "--gzip", f"--directory={folder}", "jit"]
+        size = f"--bytes={max(1, int(args.max_part * 1_000_000))}"
+        cut = ["split", size, "--numeric-suffixes", "--suffix-length=3", "-"]
+        with subprocess.Popen(pack, stdout=subprocess.PIPE) as tar:
+            split = subprocess.run([*cut, f"{aside}/caches.tar.gz."], stdin=tar.stdout, check=False)
+        if split.returncode:
+            fail(f"cannot write into {output}: split exited with {split.returncode}")
+        if tar.returncode:
+            fail(f"cannot pack {folder / 'jit'}: tar exited with {tar.returncode}; end all runs")
+        for old in output.glob("caches.tar.gz.*"):
+            old.unlink()
+        parts = [part.rename(output / part.name) for part in sorted(aside.iterdir())]
+    finally:
+        shutil.rmtree(aside)
+    print(f"{len(parts)} parts of compiled kernels in {output}", flush=True)
+    return 0
 
 
 def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str]) -> Run:
@@ -367,9 +393,14 @@ def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str
     parser.add_argument("argv", nargs="+")
     args = parser.parse_args(arguments)
     binds = {"/cache": volume(work, args.uid)}
-    for source, _, target in (bind.partition(":") for bind in args.bind):
+    for bind in args.bind:
+        source, _, target = bind.rpartition(":")
+        if not source or not target.strip("/") or target[0] != "/":
+            parser.error(f"invalid --bind {bind!r}: expected SOURCE:/TARGET")
         binds[target] = Path(source).resolve()
-    env = {name: value for name, _, value in (item.partition("=") for item in args.env)}
+    if wrong := [item for item in args.env if "=" not in item]:
+        parser.error(f"invalid --env {wrong[0]!r}: expected NAME=VALUE")
+    env = dict(item.split("=", 1) for item in args.env)
     return Run(
         root=root,
         argv=args.argv,
@@ -380,63 +411,70 @@ def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str
     )
 
 
+def suite_run(
+    root: Path,
+    config: dict[str, Any],
+    suite: dict[str, Any],
+    arguments: list[str],
+    binds: dict[str, Path],
+) -> Run:
+    return Run(
+        root=root,
+        argv=[*suite["argv"], *arguments, *suite["last"]],
+        uid=0,
+        env=variables(config, suite["env"]),
+        binds=binds,
+        read_only=frozenset({"/forge"}),
+        cwd="/forge",
+    )
+
+
 def main(arguments: list[str]) -> int:
     commands = (["take"], ["unpack"], ["go"], ["bench"], ["exec"], ["caches"])
     if arguments[:1] not in commands or arguments in (["go"], ["bench"], ["caches"]):
         fail(f"usage:\n{__doc__}")
     if arguments[0] == "caches":
-        parser = argparse.ArgumentParser("kit.py caches", usage=__doc__, allow_abbrev=False)
-        parser.add_argument("output", type=Path)
-        parser.add_argument("--max-part", type=float, default=61)
-        args = parser.parse_args(arguments[1:])
-        if args.max_part <= 0:
-            fail("--max-part must be above 0")
-        pack_caches(work_folder(), args.output, max(1, int(args.max_part * 1_000_000)))
-        return 0
+        return pack_caches(arguments[1:])
+    if arguments[0] in {"go", "bench"} and arguments[1][:1] in {"", "-"}:
+        fail(f"missing OUTPUT: expected {arguments[0]} OUTPUT [ARG]...")
     if arguments[0] != "take" and os.geteuid() != 0:
         fail("cannot mount and enter the image: run this as root")
     manifest, work = read_manifest(), work_folder()
-    try:
-        with (work / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another call, which unpacks in {work}", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if arguments[0] != "exec":
-                take(manifest, work)
-            if arguments[0] == "take":
-                return 0
-            start = time.monotonic()
-            folder, digest = content(manifest, work), manifest["digest"]
-            print(f"parts verified and joined after {time.monotonic() - start:.0f} s", flush=True)
-            root, config = unpack_image(folder, digest, work)
-            print(f"image {digest} unpacked after {time.monotonic() - start:.0f} s", flush=True)
-            if arguments[0] == "unpack":
-                return 0
-            if arguments[0] in {"go", "bench"}:
-                suite = manifest["suite" if arguments[0] == "go" else "bench"]
-                if arguments[0] == "bench" and not (folder / "bundle" / "bench").is_dir():
-                    fail("this kit has no sessions: make it with --session")
-                bring_caches(folder, cache := volume(work, 0))
-                output = Path(arguments[1]).resolve()
-                output.mkdir(parents=True, exist_ok=True)
-                run = Run(
-                    root=root,
-                    argv=[*suite["argv"], *arguments[2:], *suite["last"]],
-                    uid=0,
-                    env=variables(config, suite["env"]),
-                    binds={"/forge": folder / "bundle", "/output": output, "/cache": cache},
-                    read_only=frozenset({"/forge"}),
-                    cwd="/forge",
-                )
-            else:
-                run = exec_run(root, config, work, arguments[1:])
-        return run_in(run)
-    except OSError as error:  # a full disk, a folder that cannot be written
-        fail(f"{type(error).__name__}: {error}")
+    with (work / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another call, which unpacks in {work}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if arguments[0] != "exec":
+            take(manifest, work)
+        if arguments[0] == "take":
+            return 0
+        start = time.monotonic()
+        folder, digest = content(manifest, work), manifest["digest"]
+        print(f"parts verified and joined after {time.monotonic() - start:.0f} s", flush=True)
+        root, config = unpack_image(folder, digest, work)
+        print(f"image {digest} unpacked after {time.monotonic() - start:.0f} s", flush=True)
+        if arguments[0] == "unpack":
+            return 0
+        if arguments[0] in {"go", "bench"}:
+            if arguments[0] == "bench" and not (folder / "bundle" / "bench").is_dir():
+                fail("this kit has no sessions: make it with --session")
+            bring_caches(folder, cache := volume(work, 0))
+            output = Path(arguments[1]).resolve()
+            output.mkdir(parents=True, exist_ok=True)
+            binds = {"/forge": folder / "bundle", "/output": output, "/cache": cache}
+            suite = manifest["suite" if arguments[0] == "go" else "bench"]
+            run = suite_run(root, config, suite, arguments[2:], binds)
+        else:
+            run = exec_run(root, config, work, arguments[1:])
+    return run_in(run)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except (OSError, RuntimeError) as error:  # a full disk, no home
+        fail(f"{type(error).__name__}: {error}")

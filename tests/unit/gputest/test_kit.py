@@ -127,7 +127,9 @@ def test_suite_runs_in_the_image(folder: Path, tmp_path: Path) -> None:
     assert "suite --tier=kernel --caches=/cache/jit/abc hello more\nplan.json\n0\n" in output
     assert (tmp_path / "out" / "result").read_text() == "result\n"
     assert (tmp_path / "kit-work" / "cache-0" / "jit" / "abc" / "kernel").exists()
+    shutil.move(tmp_path / "kit-work/cache-0/jit/abc", tmp_path / "kit-work/cache-0/jit/other")
     again = call(folder, "go", str(tmp_path / "again"), "x")
+    assert (tmp_path / "kit-work/cache-0/jit/abc/kernel").exists()  # beside those of another stack
     assert "suite x" in again
     assert (tmp_path / "again" / "result").exists()
 
@@ -158,7 +160,31 @@ def test_compiled_kernels_are_packed_in_parts_for_the_next_kit(
     assert (back / "jit" / "abc" / "triton" / "deep" / "kernel").read_bytes() == kernel
 
 
-@pytest.mark.parametrize("size", ["0", "-1", "x"])
+def test_failed_packing_keeps_the_earlier_parts(folder: Path, tmp_path: Path) -> None:
+    stack, out = tmp_path / "kit-work" / "cache-0" / "jit" / "abc", tmp_path / "parts"
+    stack.mkdir(parents=True)
+    (stack / "kernel").write_bytes(os.urandom(100_000))
+    call(folder, "caches", str(out))
+    before = {part.name: part.read_bytes() for part in out.iterdir()}
+    output = call(folder, "caches", str(out), "--max-part", "0.00001", code=1)
+    assert "split exited with 1" in output  # it has three digits for the parts
+    assert {part.name: part.read_bytes() for part in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["take", "caches"])
+def test_folder_that_cannot_be_made_is_an_error(
+    folder: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    if command == "take":
+        monkeypatch.setenv("FORGE_KIT_WORK", str(tmp_path / "file"))
+    else:
+        (tmp_path / "kit-work" / "cache-0" / "jit").mkdir(parents=True)
+    arguments = [str(tmp_path / "file")] if command == "caches" else []
+    assert call(folder, command, *arguments, code=1).startswith("kit.py: FileExistsError")
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "x"])
 def test_a_part_of_caches_has_a_size(folder: Path, tmp_path: Path, size: str) -> None:
     code = 2 if size == "x" else 1
     assert "--max-part" in call(folder, "caches", str(tmp_path), f"--max-part={size}", code=code)
@@ -282,11 +308,26 @@ def test_killing_the_kit_ends_its_commands(folder: Path, uid: str) -> None:
         assert ended
 
 
+def test_parts_of_another_kit_are_not_counted(folder: Path, tmp_path: Path) -> None:
+    """Kits have parts of the same names; a part of this kit may be that of no other."""
+    call(folder, "take")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    number = len(manifest["parts"])
+    for part in folder.glob("part-*"):
+        part.unlink()
+    (tmp_path / "content" / "bundle" / "more").write_text("another bundle")
+    manifest["parts"] = write_parts(tmp_path / "content", folder, 1 << 20)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for part in sorted(folder.glob("part-*"))[1:]:
+        part.unlink()
+    assert f"1 of {number} parts taken" in call(folder, "take")
+
+
 def test_damaged_part_is_named_and_replaces_no_good_one(folder: Path, tmp_path: Path) -> None:
     call(folder, "take")
     flip(folder / "part-001")
     assert "part-001 does not match manifest.json: copy it again" in call(folder, "take", code=1)
-    taken = tmp_path / "kit-work" / "part-001"
+    (taken,) = (tmp_path / "kit-work").glob("parts-*/part-001")
     (part,) = [
         part
         for part in json.loads((folder / "manifest.json").read_text())["parts"]
@@ -299,7 +340,7 @@ def test_damaged_part_is_named_and_replaces_no_good_one(folder: Path, tmp_path: 
 @pytest.mark.parametrize("damage", ["missing", "flipped"])
 def test_part_that_was_taken_is_verified_again(folder: Path, tmp_path: Path, damage: str) -> None:
     call(folder, "take")
-    taken = tmp_path / "kit-work" / "part-002"
+    (taken,) = (tmp_path / "kit-work").glob("parts-*/part-002")
     (folder / "part-002").unlink()
     if damage == "missing":
         taken.unlink()
@@ -344,6 +385,12 @@ def test_image_is_verified_from_its_digest_down(
         (lambda manifest: manifest.pop("digest"), "KeyError"),
         (lambda manifest: manifest["parts"].append({"name": "../x"}), "invalid part"),
         (lambda manifest: manifest["parts"].append({"name": "x"}), "invalid part"),
+        (
+            lambda manifest: manifest["parts"].append({"name": ".lock", "size": 0, "sha256": ""}),
+            "invalid part",
+        ),
+        (lambda manifest: manifest.update(digest=5), "AttributeError"),
+        (lambda manifest: manifest["suite"].pop("argv"), "KeyError"),
     ],
 )
 def test_invalid_manifest_is_refused(
@@ -355,6 +402,17 @@ def test_invalid_manifest_is_refused(
     output = call(folder, "take", code=1)
     assert "invalid manifest.json" in output
     assert words in output
+
+
+def test_manifest_of_many_brackets_is_refused(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[" * 100_000)
+    assert "invalid manifest.json" in call(folder, "take", code=1)
+
+
+@pytest.mark.parametrize("arguments", [["go", "--tier=kernel"], ["bench", "--retry"], ["go", ""]])
+def test_option_in_place_of_the_output_is_refused(folder: Path, arguments: list[str]) -> None:
+    """Else a whole run goes into a folder of that name."""
+    assert "missing OUTPUT" in call(folder, *arguments, code=1)
 
 
 @pytest.mark.parametrize("arguments", [[], ["go"], ["caches"], ["run"], ["--help"]])
@@ -371,6 +429,11 @@ def test_wrong_usage_shows_the_usage(folder: Path, arguments: list[str]) -> None
         (["--user", "0", "--", "sh"], "unrecognized arguments: --user", 2),
         (["--uid", "--", "sh"], "--uid: expected one argument", 2),
         (["--bind", "/tmp:/none", "--", "sh"], "the image has no such folder", 1),
+        *(
+            (["--bind", bind, "--", "sh"], f"invalid --bind '{bind}'", 2)
+            for bind in ("/tmp", "/tmp:", "/tmp:/", "/tmp:output", ":/output")
+        ),
+        (["--env", "NAME", "--", "sh"], "invalid --env 'NAME': expected NAME=VALUE", 2),
     ],
 )
 def test_wrong_options_of_exec_are_named(
@@ -378,6 +441,19 @@ def test_wrong_options_of_exec_are_named(
 ) -> None:
     call(folder, "unpack")
     assert words in call(folder, "exec", *arguments, code=code)
+
+
+def test_interrupted_call_is_not_a_success(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "kit-work").mkdir(mode=0o700)
+    with (tmp_path / "kit-work" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        argv = ["sh", str(folder / "run.sh"), "take"]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert "waiting for another call" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+        process.stdout.close()
 
 
 def test_second_call_waits_for_the_first(folder: Path, tmp_path: Path) -> None:
