@@ -26,7 +26,7 @@ from vllm_forge.bench.results import (
     write_arm,
 )
 from vllm_forge.bench.validity import require_valid
-from vllm_forge.host import Probe, console, parse_json, printable, read_plain
+from vllm_forge.host import Probe, console, printable, read_plain
 from vllm_forge.host.console import PROGRESS_S
 from vllm_forge.matrix import flags
 
@@ -76,8 +76,7 @@ def _prompt(row: Any) -> Prompt:
 
 def _predicted(prompts: Sequence[Prompt], argv: Sequence[str]) -> Drafts | None:
     """The sum over prompts, for as many drafted tokens as the server's arguments say."""
-    config = flags.values(argv).get(flags.SPECULATION)
-    k = parse_json(config)["num_speculative_tokens"] if config else 0
+    _, k = flags.speculation(argv)
     rows = [prompt.predicted.get(k) for prompt in prompts]
     known = [row for row in rows if row is not None]
     if not known or len(known) < len(rows):

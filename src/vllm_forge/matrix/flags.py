@@ -104,6 +104,12 @@ class Drafter:
 
 def drafter(words: Sequence[str]) -> Drafter | None:
     """What drafts under these arguments; None if nothing does, or not a layer of the checkpoint."""
+    method, tokens = speculation(words)
+    return Drafter(method=DRAFTERS[method], tokens=tokens) if method in DRAFTERS else None
+
+
+def speculation(words: Sequence[str]) -> tuple[str, int]:
+    """Method and number of drafted tokens under these arguments; "", 0 if they are not given."""
     found = values(words)
     try:
         config = json.loads(found.get(SPECULATION) or "{}")
@@ -116,10 +122,8 @@ def drafter(words: Sequence[str]) -> Drafter | None:
         found.get(flag) or found.get(f"{SPECULATION}.{name.replace('_', '-')}") or config.get(name)
         for name, flag in parts.items()
     )
-    if method not in DRAFTERS:
-        return None
     stated = str(tokens or 0)
-    return Drafter(method=DRAFTERS[method], tokens=int(stated) if stated.isdecimal() else 0)
+    return str(method or ""), int(stated) if stated.isdecimal() else 0
 
 
 def share(found: Mapping[str, str], default: float) -> float:

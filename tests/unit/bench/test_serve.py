@@ -25,7 +25,13 @@ from vllm_forge.bench.errors import (
     ServerUnreachableError,
     WorkloadFileError,
 )
-from vllm_forge.bench.measure import add_start, client_rate, measure, read_workload
+from vllm_forge.bench.measure import (
+    _predicted,
+    add_start,
+    client_rate,
+    measure,
+    read_workload,
+)
 from vllm_forge.bench.results import Drafts, Setup, read_arm
 from vllm_forge.bench.summary import summarize
 from vllm_forge.cli import main
@@ -160,6 +166,19 @@ def test_counters_are_compared_with_the_prediction(off: int, output: Path) -> No
     assert start.window is not None
     assert start.window.predicted == Drafts(drafts=16, per_position=(16, 0))
     assert start.window.change["per_position"] == (16, 0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "known"),
+    [('{"num_speculative_tokens": 2}', True), (".num-speculative-tokens=2", True),
+     ('{"num-speculative-tokens": 2}', True), ('{"method": "mtp"}', False)],
+)  # fmt: skip
+def test_prediction_is_for_the_drafted_tokens(argument: str, known: bool) -> None:
+    """In every form that vLLM takes; without a number, its own default is not known."""
+    equals = "" if argument.startswith(".") else "="
+    prompts = [replace(prompt, predicted={2: PREDICTED}) for prompt in PROMPTS]
+    found = _predicted(prompts, [f"--speculative-config{equals}{argument}"])
+    assert (found is not None) == known
 
 
 @pytest.fixture
