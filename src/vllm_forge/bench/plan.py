@@ -138,8 +138,8 @@ def card_plan(
 
 def _items(row: Comparison, suite: Suite) -> str:
     """Of the suite's items, with paired answers."""
-    counts = [(share.count() or 0) / share.of for share in (row.first, row.second) if share]
-    difference = counts[0] - counts[1]
+    shares = [(share.count() or 0) / share.all for share in (row.first, row.second) if share]
+    difference = shares[0] - shares[1]
     high = suite.discordant[1]
     if row.claims == "equal":
         least = smallest_margin(high, suite.items)

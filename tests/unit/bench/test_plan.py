@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vllm_forge.bench import plan, statistics
+from vllm_forge.bench.claims import Comparison, Share
 from vllm_forge.bench.statistics import ALPHA
 from vllm_forge.cli import main
 
@@ -36,6 +37,15 @@ def test_items_for_a_margin_of_one_point(discordant: float, items: int) -> None:
 def test_more_difference_than_discordance_has_no_number_of_items() -> None:
     assert plan.items_to_detect(0.02, 0.03) is None
     assert plan.items_to_detect(0.02, 0.02) == 522
+
+
+def test_repeats_of_an_item_are_not_more_items() -> None:
+    """400 and 240 of 480 answers to 30 problems."""
+    first, second = (Share(arm=arm, of=30, answers=16, right=right)
+                     for arm, right in (("a", 400), ("b", 240)))  # fmt: skip
+    row = Comparison(id="x", says="x", at="x", group="quality", kind="comparison", claims="higher",
+                     first=first, second=second, varies=(), suite="aime24")  # fmt: skip
+    assert plan._items(row, plan.read_suites()["aime24"]) == "28 of 30 items, paired"
 
 
 @pytest.mark.parametrize(("noise", "pairs"), [(0.004, 5), (0.01, 6), (0.1, None)])
