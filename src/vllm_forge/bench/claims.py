@@ -354,10 +354,11 @@ def read_run(folder: Path, raw: Raw) -> RawRun:
     path = folder / raw.file
     try:
         return _parse_run(read_plain(path, LARGEST_RAW), raw.sha256)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ClaimsFileError(
-            f"invalid raw results: {error!r}", where=path, remedy=REMEDY
-        ) from None
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError
+    ) as error:  # fmt: skip
+        what = f"invalid raw results: {error!r}"
+        raise ClaimsFileError(what, where=path, remedy=REMEDY) from None
 
 
 def _parse_run(content: bytes, sha256: str) -> RawRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -19,10 +20,12 @@ from vllm_forge.bench.claims import (
     CLAIMS,
     Answer,
     Derived,
+    Raw,
     RawRun,
     Share,
     parse_claims,
     read_claims,
+    read_run,
 )
 from vllm_forge.bench.errors import ClaimsFileError, ClaimsStaleError, LibraryMissingError
 from vllm_forge.bench.plots import forest
@@ -384,6 +387,15 @@ def test_speedup_is_of_tokens_or_of_wall_time_at_one_cap(
     runs = {"a": RawRun(100, 2.0, answers[0]), "b": RawRun(cap, 1.0, answers[1])}
     (verdict,) = verdicts(parse_claims({**claims, "raw": {"a": raw, "b": raw}}), runs)
     assert verdict.word is expected
+
+
+def test_infinite_numbers_of_raw_results_are_refused(tmp_path: Path) -> None:
+    row = '{"id": "a", "ok": true, "finish": "stop", "completion_tokens": 1e999}'
+    text = f'{{"details": [{row}], "totals": {{"wallclock_s": 1}}, "meta": {{"max_tokens": 9}}}}'
+    (tmp_path / "a.json").write_text(text)
+    raw = Raw(file="a.json", of="x", sha256=hashlib.sha256(text.encode()).hexdigest())
+    with pytest.raises(ClaimsFileError, match="cannot convert float infinity"):
+        read_run(tmp_path, raw)
 
 
 def test_raw_results_of_other_items_are_refused() -> None:
