@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import validate_call
 from scipy import stats
 
 from vllm_forge.bench.errors import (
@@ -20,10 +21,11 @@ from vllm_forge.bench.errors import (
     InvalidResultError,
     ResultFileError,
 )
-from vllm_forge.bench.results import Arm, Window
+from vllm_forge.bench.results import Arm, Number, Window
 from vllm_forge.bench.statistics import LEVEL
 from vllm_forge.host import printable, read_data
 from vllm_forge.host.files import file_digest
+from vllm_forge.matrix.model import Text
 
 RATE, LENGTH = "output_throughput", "mean_output_tokens"
 ACCEPTANCE, POSITIONS = "spec_decode_acceptance_rate", "spec_decode_per_position_acceptance_rates"
@@ -45,7 +47,8 @@ class Run:
     figures: Figures
 
 
-def check(figure: str, own: float, other: float, bound: float | None) -> dict[str, Any]:
+@validate_call
+def check(figure: Text, own: Number, other: Number, bound: Number | None) -> dict[str, Any]:
     """A figure of both; ``bound``: of their difference, None if one start says nothing of it."""
     difference = other - own
     agrees = None if bound is None else abs(difference) <= bound + ROUNDING * abs(own)
@@ -84,11 +87,11 @@ def pytorch_records(arm: Arm) -> list[dict[str, Any]]:
         {
             "benchmark": {"name": "vLLM benchmark", "extra_info": extra},
             "model": {"name": result.server.artifact},
-            "metric": {"name": name, "benchmark_values": [run[name] for run in runs],
+            "metric": {"name": name, "benchmark_values": values,
                        "extra_info": {"arm": result.arm, "gpu": result.server.gpu}},
         }
-        for name, value in runs[0].items()
-        if not isinstance(value, list)
+        for name, values in _shared(runs).items()
+        if not isinstance(values[0], list)
     ]  # fmt: skip
 
 
@@ -106,12 +109,12 @@ def crosscheck(arm: Arm, path: Path) -> dict[str, Any]:
     """
     run = read_run(path)
     _require_same(arm, run, path)
-    starts = [_flat(_figures(arm, index)) for index in range(len(arm.result.starts))]
-    rows = []
-    for name, other in run.figures.items():
-        if name in starts[0]:
-            values = [start[name] for start in starts]
-            rows.append(check(name, math.fsum(values) / len(values), float(other), _bound(values)))
+    own = _shared([_flat(_figures(arm, index)) for index in range(len(arm.result.starts))])
+    rows = [
+        check(name, math.fsum(own[name]) / len(own[name]), float(other), _bound(own[name]))
+        for name, other in run.figures.items()
+        if name in own
+    ]
     return {
         "tool": run.tool,
         "image": arm.result.server.image,
@@ -174,6 +177,12 @@ def _distribution(name: str, seconds: Sequence[float | None]) -> Figures:
         f"std_{name}": float(numbers.std()),
         f"p99_{name}": float(np.percentile(numbers, 99)),
     }
+
+
+def _shared(starts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The values of each figure that all starts have."""
+    names = [name for name in starts[0] if all(name in start for start in starts)]
+    return {name: [start[name] for start in starts] for name in names}
 
 
 def _flat(figures: Mapping[str, Any]) -> Figures:

@@ -148,7 +148,7 @@ def _crosscheck(path: Path, arms: Sequence[Arm]) -> dict[str, Any]:
         files = document["files"]
         if not any(files.get(arm.path.name) == file_digest(arm.path) for arm in arms):
             raise ValueError("its record is not in this folder, or was changed")
-        rows = [check(*(row[key] for key in CHECKED)) for row in document["rows"]]
+        rows = [check(**{key: row[key] for key in CHECKED}) for row in document["rows"]]
         return {"tool": printable(str(document["tool"])), "rows": rows}
 
     remedy = "write it again: nox -s bench -- crosscheck RECORD OTHER --output crosscheck.json"

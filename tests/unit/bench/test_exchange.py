@@ -169,6 +169,22 @@ def test_pytorch_records_have_a_value_for_each_start(
     assert records["mean_ttft_ms"]["benchmark"]["extra_info"]["image"].startswith("sha256:")
 
 
+def test_figure_that_one_start_lacks_is_not_compared(
+    exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing was drafted in one of them."""
+    none = {"drafted": 0, "accepted": 0, "positions": ()}
+    rows = [row.model_copy(update=none if row.start else {}) for row in read_arm(exact).rows]
+    edit = condition(concurrency=4, max_tokens=64, ignore_eos=True)
+    path = write_result(tmp_path / "part.json", rows, orders=(0, 1), edit=edit)
+    record = crosscheck(read_arm(path), write(tmp_path / "v.json", VLLM))
+    assert "spec_decode_acceptance_rate" not in {row["figure"] for row in record["rows"]}
+    assert main(["bench", "export", str(path), "--format=pytorch"]) == 0
+    names = {row["metric"]["name"] for row in json.loads(capsys.readouterr().out)}
+    assert "mean_ttft_ms" in names
+    assert "spec_decode_acceptance_rate" not in names
+
+
 def test_missing_start_is_a_usage_error(exact: Path) -> None:
     command = ["bench", "export", str(exact), "--format=vllm", "--start=2"]
     assert main(command) == UsageError.exit_code

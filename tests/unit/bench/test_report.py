@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +177,11 @@ def other_list(output: Path, **fields: object) -> None:
     write_json(output / JOURNAL, {**journal, "attempts": rows})
 
 
+def other_check(output: Path, **fields: object) -> None:
+    check = json.loads((output / CROSSCHECK).read_text())
+    write_json(output / CROSSCHECK, {**check, "rows": [{**ROWS[0], **fields}]})
+
+
 def signed_by_link(output: Path) -> None:
     """It would be published with the results."""
     (output.parent / "private").write_text("mine")
@@ -197,6 +203,9 @@ def signed_by_link(output: Path) -> None:
         (lambda output: other_list(output, began="/../../../x"), "began: String should"),
         (lambda output: write_json(output / CROSSCHECK, {"files": {}}), "or was changed"),
         (lambda output: write_json(output / CROSSCHECK, []), "invalid crosscheck"),
+        (lambda output: other_check(output, figure=1), "figure: Input should be a valid string"),
+        (lambda output: other_check(output, own=math.nan), "own: Input should be a finite number"),
+        (lambda output: other_check(output, bound=True), "bound: Input should be a valid number"),
     ],
 )
 def test_part_of_a_session_is_not_kept(
