@@ -172,6 +172,8 @@ class Statement(FrozenModel):
 def make_statement(result: dict[str, Any]) -> Statement:
     """The statement of what ``tests.gpu.harness.run`` wrote; ReceiptIncompleteError if red."""
     tests = {GROUP.sub("", name): row for name, row in result["tests"].items()}
+    if len(tests) != len(result["tests"]):
+        raise ValueError("a test has two verdicts, of two groups of pytest-xdist")
     red = [name for name, row in tests.items() if row["outcome"] not in GREEN]
     if red or not tests or result["exit"] != 0:
         raise errors.ReceiptIncompleteError(

@@ -570,6 +570,15 @@ class TestMakeReceipt:
         (found,) = verify_all(project, datetime.now(UTC))
         assert f"{FILE}::test_two[1]" in found.statement.predicate.passed
 
+    def test_second_verdict_of_a_test_is_not_overlooked(
+        self, project: Project, result: dict[str, Any], tmp_path: Path
+    ) -> None:
+        name = f"{FILE}::test_two[1]"
+        red = {**result["tests"][name], "outcome": "failed"}
+        result["tests"] = {f"{name}@other": red, **result["tests"]}
+        with pytest.raises(ResultFileError, match="a test has two verdicts"):
+            make_receipt(project, self.write(tmp_path / "out", result), None)
+
     def test_invalid_key_leaves_nothing(
         self, project: Project, result: dict[str, Any], tmp_path: Path, keys: tuple[Path, Path]
     ) -> None:
