@@ -380,6 +380,8 @@ def configuration(data: dict[str, Any]) -> dict[str, Any]:
         (lambda data: body(data).update(kind="environment"), "kind"),
         (lambda data: body(data).update(finished="9999-12-31T23:59:59Z"), "finished"),
         (lambda data: body(data).update(started="0001-01-01T00:00:00Z"), "the receipt is of"),
+        (lambda data: body(data).update(started="2199-01-01T00:00:00Z"), "its clock changed"),
+        (lambda data: body(data).update(finished="2199-01-01T00:00:00Z"), "one clock is wrong"),
         (lambda data: body(data)["gpus"][0].update(memory_mib=-1), "memory_mib"),
         (lambda data: data["subject"][1].update(name="vllm source, line 0.33"), "line 0.33"),
         (lambda data: configuration(data).update(name="tests/gpu, tier server"), "tier server"),

@@ -42,8 +42,8 @@ NOT_RUN = "not run"
 ARTIFACTS = "soak"  # the tier whose tests serve full artifacts
 ROUNDING = timedelta(seconds=1)  # of times in results
 REMEDIES: dict[type[ForgeError], str] = {
-    errors.ReceiptExpiredError: "run the suite again, or delete the receipt: its cell is then not "
-    "run",
+    errors.ReceiptExpiredError: "correct the clock if it is wrong; else run the suite again, or "
+    "delete the receipt: its cell is then not run",
     errors.ReceiptSubjectError: "run the suite on the present one: a receipt is valid for the "
     "bytes it tested",
     errors.ReceiptSuiteError: "tests or their bounds were changed since: run the suite again",
@@ -205,11 +205,16 @@ def _faults(project: Project, receipt: Receipt, now: datetime) -> Iterator[Fault
     last = min(detail.expires, detail.finished + VALID)
     in_order = detail.started <= detail.finished <= now < last == detail.expires
     if not in_order or detail.finished - detail.started > VALID:
-        yield (
-            errors.ReceiptExpiredError,
+        what = (
             f"the receipt is of {detail.finished.date()}, valid until {detail.expires.date()}; at "
-            f"most {VALID.days} days are accepted",
+            f"most {VALID.days} days are accepted"
         )
+        started, finished = (f"{time:%F %T %Z}" for time in (detail.started, detail.finished))
+        if detail.finished < detail.started:
+            what = f"the run ended at {finished}, before its start at {started}: its clock changed"
+        elif detail.finished > now:
+            what = f"the run ended at {finished}, and now is {now:%F %T %Z}: one clock is wrong"
+        yield errors.ReceiptExpiredError, what
     for what in _other_subject(project, receipt):
         yield errors.ReceiptSubjectError, f"the receipt is for another subject: {what}"
     suite, tier = receipt.statement.suite, detail.tier
