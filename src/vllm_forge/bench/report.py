@@ -106,7 +106,7 @@ def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
     """Copy a session's results to a folder of ``target`` that is named after it and its day.
 
     ResultFileError: at a concurrency, its records have other starts than its list of starts says;
-    a file is a link; its crosscheck is of another record.
+    a file is a link; its crosscheck is of another record; another session would be replaced.
     """
     journal: Journal = read_data(
         folder / JOURNAL, Journal.model_validate, ResultFileError, what="list of starts",
@@ -133,6 +133,10 @@ def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
         document["crosscheck"] = _crosscheck(folder / CROSSCHECK, arms)
     files = {path.name: _read(path) for path in [folder / JOURNAL, *_files(arms)]}
     final = target / f"{sessions.pop()}-{began[:10]}"
+    if (final / JOURNAL).exists() and _read(final / JOURNAL) != files[JOURNAL]:
+        what = "another session of this name and day is kept there"
+        remedy = "delete it, or run the session under another name"
+        raise ResultFileError(what, where=final, remedy=remedy)
     with atomic_path(final) as aside:
         aside.mkdir()
         for file, content in files.items():

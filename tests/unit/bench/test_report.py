@@ -217,6 +217,16 @@ def test_part_of_a_session_is_not_kept(
     assert not (tmp_path / SESSIONS).exists()
 
 
+def test_kept_session_is_replaced_only_by_itself(output: Path, tmp_path: Path) -> None:
+    """Two runs of one recipe on one day, perhaps on two hosts, have the same name."""
+    first = keep(output, tmp_path / SESSIONS, GATES)
+    assert keep(output, tmp_path / SESSIONS, GATES) == first
+    other_list(output, seconds=5)
+    with pytest.raises(ResultFileError, match="another session of this name and day"):
+        keep(output, tmp_path / SESSIONS, GATES)
+    assert json.loads((first / JOURNAL).read_text())["attempts"][1].get("seconds", 0) == 0
+
+
 def test_report_compares_the_arms_of_a_session(tmp_path: Path) -> None:
     """At each concurrency; what cannot be compared says why."""
     paths = [served(tmp_path, arm, orders, c=c, speed=speed)
