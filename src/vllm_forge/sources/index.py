@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import requests
@@ -97,6 +99,14 @@ class _Adapter(HTTPAdapter):
         return pool
 
 
+def _leave_out_others(answer: requests.Response, filename: str) -> None:
+    """Shorten a page in JSON to one file: each of thousands would be parsed by patterns."""
+    with suppress(ValueError, LookupError, TypeError):  # HTML, or what the parser refuses
+        page = answer.json()
+        page["files"] = [row for row in page["files"] if row["filename"] == filename]
+        answer._content = json.dumps(page).encode()
+
+
 class PatientSession(requests.Session):
     """A session that trusts what the host trusts, and repeats what fails for now.
 
@@ -145,14 +155,19 @@ class Index:
         self.url = url or index_url()
         self.session = PatientSession()
 
-    def files(self, project: str) -> list["DistributionPackage"]:
-        """All files of one project; DistributionNotFoundError, IndexUnreachableError."""
+    def files(self, project: str, filename: str = "") -> list["DistributionPackage"]:
+        """All files of one project, or only that one.
+
+        Raises DistributionNotFoundError, IndexUnreachableError.
+        """
         # Here, since it brings a parser of HTML: a third of the time in which a command starts.
         import pypi_simple as simple  # noqa: PLC0415
 
         client = simple.PyPISimple(self.url, session=self.session)
         try:
             answer = self._page(client.get_project_url(project), client.accept, project)
+            if filename:
+                _leave_out_others(answer, filename)
             page = simple.ProjectPage.from_response(answer, project)
         except (requests.RequestException, HTTPError) as error:
             raise self._unusable(f"does not answer: {type(error).__name__}") from error
@@ -162,7 +177,7 @@ class Index:
 
     def find(self, project: str, filename: str) -> "DistributionPackage":
         """One file of a project; errors as ``files``."""
-        for file in self.files(project):
+        for file in self.files(project, filename):
             if file.filename == filename:
                 return file
         what = f"the index does not offer {filename}"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pypi_simple
 import pytest
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
@@ -431,6 +432,23 @@ def test_only_the_missing_one_is_asked_for(server: IndexServer, house: Wheelhous
         "/simple/small/",
         f"/files/{other}",
     ]
+
+
+def test_other_files_of_a_page_are_not_parsed(
+    server: IndexServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        server.add("big", f"big-{number}.0-py3-none-any.whl", Served(content=noise(9, number)))
+    parsed: list[str] = []
+
+    def parse(filename: str, project: str) -> tuple[str, str, str]:
+        parsed.append(filename)
+        return project, "1.0", "wheel"
+
+    monkeypatch.setattr(pypi_simple.classes, "parse_filename", parse)
+    file = Index(server.url).find("big", NAME)
+    assert parsed == [NAME]
+    assert index.pins(file) == (hashlib.sha256(noise(9, 1)).hexdigest(), 9)
 
 
 def test_file_of_another_size_in_the_cache_is_missing(
