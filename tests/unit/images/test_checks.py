@@ -151,3 +151,16 @@ def test_the_names_of_verdicts_are_those_of_the_script() -> None:
     assert {"vllm-help", "vllm-bench-serve", *script.COMMANDS} == {
         name for name in ALL if name.startswith("vllm-")
     }
+
+
+def test_imports_start_no_compilers_in_the_background(tmp_path: Path) -> None:
+    expect = {"vllm": "1", "torch": "1.0", "compiler": False}
+    write_inputs(tmp_path / "mnt", expect)
+    (tmp_path / "torch.py").write_text("__version__ = '1.0+cpu'")
+    vllm = "import os\n__version__ = os.environ['HUMMING_DISABLE_PARALLEL_BUILD']"
+    (tmp_path / "vllm.py").write_text(vllm)
+    argv = [sys.executable, str(tmp_path / "mnt" / "image_checks.py"), "imports", str(tmp_path)]
+    env = {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, env=env)
+    verdict = json.loads(done.stdout.splitlines()[-1])["any-user-imports"]
+    assert (verdict["passed"], verdict["detail"]) == (True, "torch 1.0+cpu, vllm 1")
