@@ -1,15 +1,19 @@
-"""Published figures as rows of records/bench/claims.toml, and the raw results they rest on."""
+"""Published figures as rows of records/bench/claims.toml, and the raw results they rest on.
+
+Numbers are as they were printed; rules say what follows from them.
+"""
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from vllm_forge.bench.arithmetic import RULES, span
 from vllm_forge.bench.errors import ClaimsFileError
 from vllm_forge.bench.results import Count, Hash
 from vllm_forge.errors import problems, suggestion
@@ -20,12 +24,75 @@ from vllm_forge.matrix.model import Name, RelativePath, Text
 CLAIMS = Path("records/bench/claims.toml")
 LARGEST_RAW = 1 << 20
 REMEDY = "correct it: docs/operate/bench-claims.md has the keys; git has the project's own rows"
-
-
+EDGE = 1e-9  # of the last digit
 # As it is printed; its last digit is its precision.
 Printed = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?$")]
 Quantity = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?(/[1-9][0-9]*)?$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Span(NamedTuple):
+    """What a number may have been before it was printed; of a count, the count alone."""
+
+    low: float
+    high: float
+
+    def meets(self, other: "Span") -> bool:
+        return self.low <= other.high and other.low <= self.high
+
+
+def span(printed: str, unit: float | None = None) -> Span:
+    """Numbers that round to ``printed``, or are cut to it; or are nearer to it than ``unit``."""
+    value, last = float(printed), 10.0 ** -len(printed.partition(".")[2])
+    edge = EDGE * (unit or last)
+    if unit or not value:
+        reach = (unit or last) - edge
+        return Span(value - reach, value + reach)
+    near, far = last / 2 + edge, last - edge  # towards zero, away from it
+    return Span(value - near, value + far) if value > 0 else Span(value - far, value + near)
+
+
+def number(quantity: str) -> float:
+    return float(Fraction(quantity))
+
+
+def operand(quantity: str, *, whole_is_exact: bool) -> Span:
+    """Numbers that are printed so; a fraction is one of counts, and exact."""
+    if "/" in quantity or (whole_is_exact and "." not in quantity):
+        return Span(number(quantity), number(quantity))
+    return span(quantity)
+
+
+class Rule(NamedTuple):
+    """How a number follows from others; ``takes``: how many, None for any."""
+
+    label: str
+    takes: int | None
+    compute: Callable[..., float]
+
+
+RULES: Mapping[str, Rule] = {
+    "value": Rule("the number", 1, lambda a: a),
+    "gib": Rule("GB as GiB", 1, lambda gb: gb * 1e9 / 2**30),
+    "ratio": Rule("ratio", 2, lambda a, b: a / b),
+    "points": Rule("difference in points", 2, lambda a, b: 100 * (a - b)),
+    "per-minute": Rule("number a minute", 2, lambda count, seconds: 60 * count / seconds),
+    "percent": Rule("percent", 2, lambda part, of: 100 * part / of),
+    "less-by": Rule("first less than second, %", 2, lambda a, b: 100 * (1 - a / b)),
+    "more-by": Rule("second more than first, %", 2, lambda a, b: 100 * (b / a - 1)),
+    "stderr": Rule("standard error of a share", 2, lambda p, n: math.sqrt(p * (1 - p) / (n - 1))),
+    "mean": Rule("mean", None, lambda *values: math.fsum(values) / len(values)),
+    "sum": Rule("sum", None, lambda *values: math.fsum(values)),
+    "length": Rule("1 + sum", None, lambda *rates: 1 + math.fsum(rates)),
+}
+
+
+def follows(rule: Rule, operands: Sequence[Span]) -> Span:
+    """What a rule, monotone in each of its operands, gives of all that they may have been."""
+    many = rule.takes is None  # all of them increase with each of their operands
+    corners = zip(*operands, strict=True) if many else product(*operands)
+    values = [rule.compute(*corner) for corner in corners]
+    return Span(min(values), max(values))
 
 
 class Share(FrozenModel):

@@ -1,12 +1,11 @@
 """pass, undecided or fail of a candidate against a reference, by the gates of matrix.toml."""
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from vllm_forge.bench import statistics
 from vllm_forge.bench.errors import GateFailedError, GateUndecidedError, InvalidResultError
@@ -22,6 +21,7 @@ from vllm_forge.matrix.model import Gate
 
 LEAST_PROMPTS = 20  # below, the ratio estimator's t is not to be trusted
 Key = TypeVar("Key", int, str)
+Sums: TypeAlias = Counter[str | int]  # "drafted", "accepted", and accepted at each position
 
 
 class Word(StrEnum):
@@ -115,18 +115,23 @@ def _judge(name: str, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | N
 
 def _drafting(outcome: Outcome, row: Gate, reference: Arm, candidate: Arm) -> Outcome:
     """By prompts, and by pairs of starts: a restart may change all prompts alike."""
-    drafts = _drafts(candidate), _drafts(reference)
-    prompts = [item for item in drafts[0] if all(arm[item].drafted for arm in drafts)]
+    arms = (candidate, reference)
+    drafts = [_summed((answer.item, answer) for answer in arm.rows) for arm in arms]
+    prompts = [item for item in drafts[0] if all(arm[item]["drafted"] for arm in drafts)]
     if len(prompts) < LEAST_PROMPTS:
         return replace(outcome, reason=f"{len(prompts)} prompts, {LEAST_PROMPTS} are needed")
     sums = [[arm[item] for item in prompts] for arm in drafts]
-    starts = [_drafts_of_starts(arm) for arm in (candidate, reference)]
+    by_start = [
+        _summed((arm.result.starts[answer.start].order, answer) for answer in arm.rows)
+        for arm in arms
+    ]
+    starts = [[one for _, one in sorted(arm.items()) if one["drafted"]] for arm in by_start]
     if len(starts[0]) != len(starts[1]) or len(starts[0]) < 2:  # noqa: PLR2004 - of a difference
         reason = "how much starts differ is unknown: two or more of each arm must draft"
         return replace(outcome, reason=reason)
     if row.measure == "positions":
         return _each_position(outcome, sums, starts)
-    return _decided(outcome, _acceptance(sums, starts, row.margin, _accepted), "prompts")
+    return _decided(outcome, _acceptance(sums, starts, row.margin, "accepted", 1), "prompts")
 
 
 def _speed(
@@ -134,8 +139,12 @@ def _speed(
 ) -> Outcome:
     """By pairs of starts; nothing is decided where the reference is not as fast as itself."""
 
+    def rates(arm: Arm) -> list[float]:
+        gpus = arm.result.server.gpus if row.per == "gpu" else 1
+        return [rate / gpus for rate in arm.rates().values()]
+
     def test(arm: Arm) -> Margin:
-        return statistics.speed(_rates(arm, row.per), _rates(reference, row.per), row.margin)
+        return statistics.speed(rates(arm), rates(reference), row.margin)
 
     outcome = _decided(outcome, test(candidate), "pairs of starts")
     if repeat is not None and _has_data(row, repeat):
@@ -146,35 +155,22 @@ def _speed(
 
 
 def _acceptance(
-    sums: list[list["Sums"]], starts: list[list["Sums"]], margin: float,
-    counts: Callable[["Sums"], tuple[float, float]],
-) -> Margin:  # fmt: skip
-    """Candidate and reference, by prompt and by start; ``counts``: accepted, drafted."""
-    ours, theirs = ([counts(one) for one in arm] for arm in sums)
-    rates = [[accepted / drafted for accepted, drafted in map(counts, arm)] for arm in starts]
+    sums: list[list[Sums]], starts: list[list[Sums]], margin: float, accepted: str | int, depth: int
+) -> Margin:
+    """Candidate and reference, by prompt and by start: ``accepted`` of a draft's ``depth``."""
+    ours, theirs = ([(one[accepted], one["drafted"] / depth) for one in arm] for arm in sums)
+    rates = [[one[accepted] / (one["drafted"] / depth) for one in arm] for arm in starts]
     differences = [a - b for a, b in zip(*rates, strict=True)]
     return statistics.steady(statistics.acceptance(ours, theirs, margin), differences, margin)
 
 
-def _accepted(one: "Sums") -> tuple[float, float]:
-    return one.accepted, one.drafted
-
-
-def _each_position(
-    outcome: Outcome, sums: list[list["Sums"]], starts: list[list["Sums"]]
-) -> Outcome:
+def _each_position(outcome: Outcome, sums: list[list[Sums]], starts: list[list[Sums]]) -> Outcome:
     """All must pass; one that fails is corrected for how many there are."""
-    depths = {len(one.positions) for arm in sums for one in arm}
+    depths = {len(one) - 2 for arm in sums for one in arm}
     if len(depths) > 1:
         return replace(outcome, reason=f"drafts of {sorted(depths)} tokens")
     depth = depths.pop()
-
-    def test(place: int) -> Margin:
-        return _acceptance(
-            sums, starts, outcome.margin, lambda one: (one.positions[place], one.drafted / depth)
-        )
-
-    tests = [test(place) for place in range(depth)]
+    tests = [_acceptance(sums, starts, outcome.margin, place, depth) for place in range(depth)]
     worst = max(tests, key=lambda test: test.passes)
     fails = min(1.0, len(tests) * min(test.fails for test in tests))
     values = ", ".join(f"{100 * test.difference.value:+.2f}" for test in tests)
@@ -243,39 +239,11 @@ def _means(rows: Sequence[Row], score: str, *, truncated: float | None) -> dict[
     return {item: math.fsum(values) / len(values) for item, values in answers.items()}
 
 
-def _rates(arm: Arm, per: str) -> list[float]:
-    gpus = arm.result.server.gpus if per == "gpu" else 1
-    return [rate / gpus for rate in arm.rates().values()]
-
-
-@dataclass
-class Sums:
-    """Of a prompt, over all starts."""
-
-    accepted: int = 0
-    drafted: int = 0
-    positions: tuple[int, ...] = ()
-
-
-def _drafts(arm: Arm) -> dict[str, Sums]:
-    return _summed((row.item, row) for row in arm.rows)
-
-
-def _drafts_of_starts(arm: Arm) -> list[Sums]:
-    """Of all prompts, by the order in which the starts were run; those that drafted."""
-    orders = [start.order for start in arm.result.starts]
-    sums = _summed((orders[row.start], row) for row in arm.rows)
-    return [one for _, one in sorted(sums.items()) if one.drafted]
-
-
 def _summed(rows: Iterable[tuple[Key, Row]]) -> dict[Key, Sums]:
-    sums: defaultdict[Key, Sums] = defaultdict(Sums)
+    sums: defaultdict[Key, Sums] = defaultdict(Counter)
     for key, row in rows:
-        one = sums[key]
-        one.accepted += row.accepted
-        one.drafted += row.drafted
-        places = zip_longest(one.positions, row.positions, fillvalue=0)
-        one.positions = tuple(map(sum, places))
+        sums[key].update({"drafted": row.drafted, "accepted": row.accepted})
+        sums[key].update(dict(enumerate(row.positions)))
     return sums
 
 

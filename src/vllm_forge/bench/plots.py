@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vllm_forge.bench.summary import Summary
+from vllm_forge.bench.results import Summary
 
 # Colour and marker of each verdict; readable in print and with red-green blindness.
 RED, GREEN = ("#b3261e", "X"), ("#1b6e3c", "o")

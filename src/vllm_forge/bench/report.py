@@ -13,9 +13,8 @@ from vllm_forge.bench import plots
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.exchange import check
 from vllm_forge.bench.gate import gate
-from vllm_forge.bench.results import LARGEST_ROWS, Arm, read_arm
+from vllm_forge.bench.results import LARGEST_ROWS, Arm, read_arm, summarize
 from vllm_forge.bench.signed import SUFFIX
-from vllm_forge.bench.summary import summarize
 from vllm_forge.bench.turns import JOURNAL, Journal
 from vllm_forge.bench.validity import differences, intended, require_valid
 from vllm_forge.errors import UsageError

@@ -11,8 +11,7 @@ from typing import Any
 from scipy import stats
 
 from vllm_forge.bench import claims, statistics
-from vllm_forge.bench.arithmetic import RULES, Span, follows, number, operand, span
-from vllm_forge.bench.claims import ClaimsFile, RawRun, Share
+from vllm_forge.bench.claims import RULES, Share, Span, follows, number, operand, span
 from vllm_forge.bench.errors import ClaimsFileError
 from vllm_forge.bench.statistics import ALPHA, Interval
 from vllm_forge.host.files import file_digest
@@ -72,7 +71,7 @@ def judge(path: Path) -> dict[str, Any]:
     }
 
 
-def verdicts(file: ClaimsFile, runs: Mapping[str, RawRun]) -> list[Verdict]:
+def verdicts(file: claims.ClaimsFile, runs: Mapping[str, claims.RawRun]) -> list[Verdict]:
     """One verdict for each claim, in its order; ClaimsFileError."""
     families: defaultdict[bool, list[int]] = defaultdict(list)
     rows = []
@@ -92,13 +91,15 @@ def verdicts(file: ClaimsFile, runs: Mapping[str, RawRun]) -> list[Verdict]:
 
 
 @singledispatch
-def _judge(row: claims.Claim, file: ClaimsFile, runs: Mapping[str, RawRun]) -> Verdict:
+def _judge(
+    row: claims.Claim, file: claims.ClaimsFile, runs: Mapping[str, claims.RawRun]
+) -> Verdict:
     """By the function for the kind of the claim."""
     raise NotImplementedError(row.kind)
 
 
 @_judge.register
-def _comparison(row: claims.Comparison, file: ClaimsFile, _: object) -> Verdict:
+def _comparison(row: claims.Comparison, file: claims.ClaimsFile, _: object) -> Verdict:
     """Undecided unless the difference is there whatever the pairing, and after the correction."""
     if row.second is None:
         return Verdict(Word.UNDECIDED, "none", "0", "the reference was not measured")
@@ -334,7 +335,7 @@ def _makespan(row: claims.Makespan, *_: object) -> Verdict:
 
 
 @_judge.register
-def _speedup(row: claims.Speedup, _: object, runs: Mapping[str, RawRun]) -> Verdict:
+def _speedup(row: claims.Speedup, _: object, runs: Mapping[str, claims.RawRun]) -> Verdict:
     """A speed-up is of tokens/s: a run with a smaller cap ends sooner by doing less."""
     base, run = runs[row.base], runs[row.run]
     wall, tokens = base.seconds / run.seconds, run.throughput / base.throughput

@@ -15,9 +15,8 @@ from vllm_forge.bench.arms import published
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.plots import _crossings
 from vllm_forge.bench.report import CROSSCHECK, keep, report
-from vllm_forge.bench.results import read_arm
+from vllm_forge.bench.results import read_arm, summarize
 from vllm_forge.bench.signed import SUFFIX
-from vllm_forge.bench.summary import summarize
 from vllm_forge.bench.turns import JOURNAL
 from vllm_forge.cli import main
 from vllm_forge.errors import UsageError

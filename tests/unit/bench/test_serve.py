@@ -32,8 +32,7 @@ from vllm_forge.bench.measure import (
     measure,
     read_workload,
 )
-from vllm_forge.bench.results import Drafts, Setup, read_arm
-from vllm_forge.bench.summary import summarize
+from vllm_forge.bench.results import Drafts, Setup, read_arm, summarize
 from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Reply
