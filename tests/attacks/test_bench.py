@@ -15,7 +15,7 @@ from aiohttp import web
 
 from tests.support.bench import CONDITIONS, rows_of, write_result
 from tests.support.bench_server import BenchServer
-from vllm_forge.bench import client, results, turns
+from vllm_forge.bench import client, turns
 from vllm_forge.bench.client import METRICS, PER_POSITION, Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import (
     ResultFileError,
@@ -214,7 +214,7 @@ def test_full_disk_loses_no_earlier_start(tmp_path: Path, monkeypatch: pytest.Mo
     def full(path: Path, *_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(results, "write_json", full)
+    monkeypatch.setattr("vllm_forge.host.write_json", full)
     setup = Setup(**{name: getattr(arm, name) for name in Setup.model_fields})
     with pytest.raises(OSError, match="No space left"):
         write_arm(path, setup, arm.starts, rows_of(2, items=3))

@@ -7,16 +7,10 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, TypeAlias, TypeVar
 
-from vllm_forge.bench import statistics
+from vllm_forge.bench import statistics, validity
 from vllm_forge.bench.errors import GateFailedError, GateUndecidedError, InvalidResultError
 from vllm_forge.bench.results import Arm, Row
 from vllm_forge.bench.statistics import ALPHA, Margin
-from vllm_forge.bench.validity import (
-    require_comparable,
-    require_distinct,
-    require_same_server,
-    require_valid,
-)
 from vllm_forge.matrix.model import Gate
 
 LEAST_PROMPTS = 20  # below, the ratio estimator's t is not to be trusted
@@ -61,12 +55,12 @@ def gate(
     ``repeat``: the reference measured again, the noise floor of answers.
     """
     arms = [arm for arm in (reference, candidate, repeat) if arm is not None]
-    require_valid(*arms)
-    require_distinct(*arms)
+    validity.require_valid(*arms)
+    validity.require_distinct(*arms)
     for arm in arms[1:]:
-        require_comparable(reference, arm)
+        validity.require_comparable(reference, arm)
     if repeat is not None:
-        require_same_server(reference, repeat)
+        validity.require_same_server(reference, repeat)
     one_size = len({arm.result.server.gpus for arm in arms}) == 1
     outcomes = [
         _judge(name, row, reference, candidate, repeat)

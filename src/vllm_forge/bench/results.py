@@ -16,17 +16,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from vllm_forge import host
 from vllm_forge.bench.errors import ResultFileError
 from vllm_forge.errors import first_problem
-from vllm_forge.host import (
-    atomic_path,
-    canonical,
-    parse_json,
-    read_data,
-    read_plain,
-    write_json,
-    write_whole,
-)
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Flag, Name, Text
 
@@ -313,7 +305,7 @@ def summarize(arm: Arm) -> Summary:
 
 def read_arm(path: Path) -> Arm:
     """A record and its rows, whose hash is compared; ResultFileError."""
-    result: Result = read_data(
+    result: Result = host.read_data(
         path, Result.model_validate, ResultFileError, what="result", remedy=REMEDY
     )
     rows_path = path.with_name(result.rows.file)
@@ -325,7 +317,7 @@ def read_arm(path: Path) -> Arm:
 
 
 def _read_rows(path: Path, result: Result) -> tuple[Row, ...]:
-    packed = read_plain(path)
+    packed = host.read_plain(path)
     rows = parse_lines(unpacked(packed), Row.model_validate)
     if hashlib.sha256(packed).hexdigest() != result.rows.sha256:
         # A writer that was killed between both files left rows of one more start.
@@ -351,9 +343,9 @@ def write_arm(
     arm, packed = make_arm(path, setup, starts, rows)
     check(arm)
     record = arm.result.model_dump(mode="json")
-    with atomic_path(path) as aside:
-        write_json(aside, {"format": record["format"], **record})
-        write_whole(path.with_name(arm.result.rows.file), packed)
+    with host.atomic_path(path) as aside:
+        host.write_json(aside, {"format": record["format"], **record})
+        host.write_whole(path.with_name(arm.result.rows.file), packed)
 
 
 def make_arm(
@@ -368,7 +360,7 @@ def make_arm(
 
 
 def _pack(rows: Sequence[Row]) -> bytes:
-    lines = b"".join(canonical(row.model_dump(mode="json")) + b"\n" for row in rows)
+    lines = b"".join(host.canonical(row.model_dump(mode="json")) + b"\n" for row in rows)
     return gzip.compress(lines, mtime=0)
 
 
@@ -389,7 +381,7 @@ def parse_lines(content: bytes, parse: Callable[[Any], T]) -> list[T]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             if line.strip():
-                rows.append(parse(parse_json(line)))
+                rows.append(parse(host.parse_json(line)))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             detail = first_problem(error) if isinstance(error, ValueError) else repr(error)
             raise ValueError(f"line {number}: {detail}") from None

@@ -70,6 +70,19 @@ class Run:
     gpu: Gpu
     probe: Probe
 
+    def cells(self, order: int) -> list[tuple[Path, Setup, list[Prompt]]]:
+        """Of each concurrency: the record of a start, what is measured, and its prompts."""
+        plan, name = self.plan, self.plan.turns[order]
+        known = {"gpu": self.gpu.name, "driver": self.gpu.driver or UNKNOWN}
+        server = plan.arms[name].server.model_copy(update=known)
+        cells = []
+        for one, prompts in zip(plan.conditions, self.parts, strict=True):
+            path = record_path(self.output, name, one.concurrency)
+            setup = Setup(arm=name, session=plan.session, conditions=one, server=server,
+                          differs=plan.differs)  # fmt: skip
+            cells.append((path, setup, prompts))
+        return cells
+
     def start(self, order: int) -> None:
         """One start at every concurrency; its rows are kept only if all are valid."""
         plan, name = self.plan, self.plan.turns[order]
@@ -79,48 +92,38 @@ class Run:
                 Path(place).mkdir(parents=True, exist_ok=True)
         cached = count_compiled(caches)
         log = self.output / LOGS / f"{order:02}-{name}.log"
-        setups = self._setups(name)
         with serving(plan.arms[name], plan, log) as ready_s:
             if plan.quality is not None:
-                self._ask(order, setups, plan.quality.license)
+                self._ask(order, plan.quality.license)
                 return
             measured = [
-                measure(
+                (path, setup, *measure(
                     plan.url, plan.arms[name].model, setup, prompts, warm=plan.warm, order=order,
                     caches=caches, probe=self.probe,
-                )
-                for setup, prompts in zip(setups, self.parts, strict=True)
+                ))
+                for path, setup, prompts in self.cells(order)
             ]  # fmt: skip
             if name not in plan.turns[order + 1 :]:
                 self._crosscheck(name)
         compiled = count_compiled(caches) - cached
         facts = {"ready_s": ready_s, "cached": cached, "compiled": max(0, compiled),
                  "kernels": kernels_of(log)}  # fmt: skip
-        paths = self._records(order)
-        cells = [
-            (path, setup, start.model_copy(update=facts), rows)
-            for path, setup, (start, rows) in zip(paths, setups, measured, strict=True)
-        ]
-        for path, setup, start, rows in cells:
-            require_valid(make_arm(path, setup, [start], rows)[0])
-        for path, setup, start, rows in cells:
+        for path, setup, start, rows in measured:
+            known = start.model_copy(update=facts)
+            require_valid(make_arm(path, setup, [known], rows)[0])
+        for path, setup, start, rows in measured:
             # A run that was ended between two records has the start in the first one already.
             if not _has_start(path, order):
-                add_start(path, setup, start, rows)
+                add_start(path, setup, start.model_copy(update=facts), rows)
 
     def require_kept(self, order: int) -> None:
         """SessionFileError unless the records have a start that is done."""
-        for record in self._records(order):
+        for record, *_ in self.cells(order):
             path = answers_path(record, order) if self.plan.quality else record
             if not (path.exists() and (self.plan.quality or _has_start(path, order))):
                 what = f"start {order} is done, but its record does not have it"
                 remedy = "restore the record, or give another output folder"
                 raise SessionFileError(what, where=path, remedy=remedy)
-
-    def _records(self, order: int) -> list[Path]:
-        """Of each concurrency."""
-        arm = self.plan.turns[order]
-        return [record_path(self.output, arm, one.concurrency) for one in self.plan.conditions]
 
     def _crosscheck(self, name: str) -> None:
         """Run the other tool; what it cannot do costs its result, not ours."""
@@ -133,21 +136,10 @@ class Run:
         except ForgeError as error:
             console.print(printable(f"no crosscheck: {error}"), markup=False)
 
-    def _setups(self, name: str) -> list[Setup]:
-        """Of each concurrency."""
-        plan = self.plan
-        known = {"gpu": self.gpu.name, "driver": self.gpu.driver or UNKNOWN}
-        server = plan.arms[name].server.model_copy(update=known)
-        return [
-            Setup(arm=name, session=plan.session, conditions=one, server=server,
-                  differs=plan.differs)
-            for one in plan.conditions
-        ]  # fmt: skip
-
-    def _ask(self, order: int, setups: Sequence[Setup], license_: str) -> None:
+    def _ask(self, order: int, license_: str) -> None:
         """Keep the answers to all questions, for `bench score` on a host with a sandbox."""
         model = self.plan.arms[self.plan.turns[order]].model
-        for record, setup, prompts in zip(self._records(order), setups, self.parts, strict=True):
+        for record, setup, prompts in self.cells(order):
             path = answers_path(record, order)
             remove(path)  # of a start that did not end
             header = Header(model=model, license=license_, arm=setup)

@@ -48,8 +48,14 @@ def faults(arm: Arm) -> Iterator[str]:
         yield "the starts answered different items"
     orders = Counter(start.order for start in starts)
     yield from (f"two starts have the order {order}" for order, n in orders.items() if n > 1)
-    copies = Counter(frozenset(map(_measured, arm.of_start(index)))
-                     for index, start in enumerate(starts) if start.window)  # fmt: skip
+    copies = Counter(
+        frozenset(
+            (*row.key, row.seconds, row.ttft, row.output_tokens, row.drafted, row.accepted)
+            for row in arm.of_start(index)
+        )
+        for index, start in enumerate(starts)
+        if start.window
+    )
     if any(count > 1 for count in copies.values()):
         yield "two starts have the same answers and times: one is a copy"
     if len(sets := {start.kernels for start in starts} - {None}) > 1:
@@ -61,10 +67,6 @@ def faults(arm: Arm) -> Iterator[str]:
         if start.window is not None:
             texts = _window_faults(start.window, arm.of_start(index), arm.result.conditions)
             yield from (f"start {index}: {text}" for text in texts)
-
-
-def _measured(row: Row) -> tuple[object, ...]:
-    return *row.key, row.seconds, row.ttft, row.output_tokens, row.drafted, row.accepted
 
 
 def _answer_faults(arm: Arm) -> Iterator[str]:
@@ -206,18 +208,16 @@ def _unequal(first: Sequence[str], second: Sequence[str]) -> str:
 
 def _order(reference: Arm, candidate: Arm) -> Iterator[str]:
     """Starts in turns, ABBA or ABAB: what drifts over time must not be one arm's."""
-    orders = [[start.order for start in arm.result.starts] for arm in (reference, candidate)]
-    if max(map(len, orders)) > MOST_STARTS:
+    first, second = ({start.order for start in arm.result.starts} for arm in (reference, candidate))
+    if max(len(first), len(second)) > MOST_STARTS:
         yield f"more than {MOST_STARTS} starts"
-    elif len(orders[0]) != len(orders[1]):
-        yield f"{len(orders[0])} starts against {len(orders[1])}"
-    elif len(orders[0]) > 1 and (shared := sorted(set(orders[0]) & set(orders[1]))):
+    elif len(first) != len(second):
+        yield f"{len(first)} starts against {len(second)}"
+    elif len(first) > 1 and (shared := sorted(first & second)):
         yield f"both have a start of order {shared[0]}"
-    elif len(orders[0]) > 1:
-        ranks = {order: rank // 2 for rank, order in enumerate(sorted(orders[0] + orders[1]))}
-        blocks = [[ranks[order] for order in sorted(arm)] for arm in orders]
-        expected = list(range(len(orders[0])))
-        if blocks != [expected, expected]:
+    elif len(first) > 1:
+        turns = [order in first for order in sorted(first | second)]
+        if any(one == other for one, other in zip(turns[::2], turns[1::2], strict=True)):
             yield "their starts were not in turns"
 
 

@@ -37,21 +37,16 @@ class Verdict:
     method: str
     n: str
     detail: str
-    interval: Interval | None = None
     p: float | None = None
     adjusted: float | None = None
+    interval: Interval | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Rounded, so that another release of scipy gives the same record."""
         numbers = {"p": self.p, "adjusted": self.adjusted}
-        return {
-            "word": str(self.word),
-            "method": self.method,
-            "n": self.n,
-            "detail": self.detail,
-            **{key: None if p is None else float(f"{p:.3g}") for key, p in numbers.items()},
-            "interval": self.interval and [round(end, 2) for end in self.interval],
-        }
+        rounded = {key: p if p is None else float(f"{p:.3g}") for key, p in numbers.items()}
+        interval = self.interval and [round(end, 2) for end in self.interval]
+        return {**vars(self), **rounded, "interval": interval}
 
 
 def judge(path: Path) -> dict[str, Any]:

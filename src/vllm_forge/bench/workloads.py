@@ -200,26 +200,22 @@ def lines(loaded: Loaded, *, repeats: bool = False) -> bytes:
 
 def _source(name: str, row: Workload, source: Source | None) -> Source:
     """Of a package, or what the user brings; WorkloadFileError."""
-    if source is None:
-        if row.package is None or row.sha256 is None:
-            what = f"workload {name} ships without data"
-            remedy = "bring it: --data FILE.jsonl --sha256 HASH --license NAME"
-            raise WorkloadFileError(what, remedy=remedy)
-        return _packaged(row.package, row.sha256)
-    if row.sha256 not in (None, source.sha256):
-        what = f"--sha256 is not that of workload {name}: {row.sha256}"
-        raise WorkloadFileError(what, where=source.path, remedy="bring the data that it names")
-    return source
-
-
-def _packaged(package: Package, sha256: str) -> Source:
+    if source is not None:
+        if row.sha256 not in (None, source.sha256):
+            what = f"--sha256 is not that of workload {name}: {row.sha256}"
+            raise WorkloadFileError(what, where=source.path, remedy="bring the data that it names")
+        return source
+    if (package := row.package) is None or row.sha256 is None:
+        what = f"workload {name} ships without data"
+        remedy = "bring it: --data FILE.jsonl --sha256 HASH --license NAME"
+        raise WorkloadFileError(what, remedy=remedy)
     try:
         distribution = importlib.metadata.distribution(package.name)
     except importlib.metadata.PackageNotFoundError:
         what = f"missing {package.name}, which ships the data"
         raise LibraryMissingError(what, remedy=EXTRA) from None
     path = Path(str(distribution.locate_file(package.file)))
-    return Source(path, sha256, package.license)
+    return Source(path, row.sha256, package.license)
 
 
 def _items(content: bytes, keys: Keys) -> tuple[Item, ...]:
