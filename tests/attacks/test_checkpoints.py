@@ -180,6 +180,20 @@ def test_many_rules_take_seconds(
     assert time.process_time() - start < 20
 
 
+def test_many_unknown_names_take_seconds(files: dict[str, bytes]) -> None:
+    """One of another library, and 60,000 of none."""
+    names = ["model.layers.0.self_attn.x", *(f"x.{n}" for n in range(60_000))]
+    row = {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps(dict.fromkeys(names, row)).encode()
+    start = time.process_time()
+    report = inspect_files(
+        {CONFIG: files[CONFIG], "model.safetensors": len(header).to_bytes(8, "little") + header}
+    )
+    found = {finding.title: finding.what for finding in report.findings}
+    assert "60000 tensors" in found["tensors that the model does not have"]
+    assert time.process_time() - start < 20
+
+
 def test_names_are_short(files: dict[str, bytes]) -> None:
     """A message never shows megabytes of one."""
     index = json.loads(files[INDEX])

@@ -4,7 +4,9 @@ Rules are compared with how the weights are stored, for every vLLM of a line.
 """
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from packaging.version import Version
@@ -15,8 +17,8 @@ from vllm_forge.checkpoints.inspect.findings import Effect, Finding, finding, sc
 from vllm_forge.checkpoints.inspect.matching import PROBES_CHANGED
 from vllm_forge.checkpoints.inspect.profile import DRAFT, Format, Profile
 
-# Since which vLLM, before which, fault (a row of checks.toml) -> modules.
-Era = tuple[Version, Version | None, Mapping[str, list[str]]]
+# From a vLLM on: faults (rows of checks.toml), each with a module.
+Faults = Callable[[Version], Iterator[tuple[str, str]]]
 
 ARCHITECTURES = ["DeepseekV4ForCausalLM"]
 SHOWN = 80  # characters of what is there instead
@@ -26,8 +28,8 @@ BLOCK = 128
 SIGN_AND_MANTISSA = 0x807FFFFF  # of FP32
 FIRST = Version("0")
 IGNORE_READ = Version("0.33.0")
-# Between these, vLLM matches a config in the same way; see matching.py.
-ERAS = ((FIRST, FUSION_KNOWN), (FUSION_KNOWN, PROBES_CHANGED), (PROBES_CHANGED, None))
+# From each of these on, vLLM matches a config in another way; see matching.py.
+ERAS = (FIRST, FUSION_KNOWN, PROBES_CHANGED)
 # What a group must say for weights that are stored so.
 ARGUMENTS: dict[Format, dict[str, Any]] = {
     Format.FP8_BLOCK: {"num_bits": 8, "type": "float", "strategy": "block"},
@@ -105,9 +107,8 @@ def native(profile: Profile) -> Iterator[Finding]:
     wildcards = [rule for rule in profile.ignore if matching.is_pattern(rule)]
     fp4 = profile.model.get("expert_dtype", "fp4") == "fp4"
     nvfp4 = str(profile.quantization.get("moe_quant_algo") or "").upper() == "NVFP4"
-    eras: list[Era] = []
-    for since, before in ((FIRST, IGNORE_READ), (IGNORE_READ, None)):
-        faults: dict[str, list[str]] = {}
+
+    def faults(since: Version) -> Iterator[tuple[str, str]]:
         for block in profile.blocks.values():
             name = f"{block}.{EXPERTS}"
             kind = profile.formats.get(f"{name}.0.w1")
@@ -117,10 +118,9 @@ def native(profile: Profile) -> Iterator[Finding]:
             )
             expected = Format.MODELOPT_NVFP4 if nvfp4 and not ignored else Format.MXFP4_NATIVE
             if kind not in (None, expected if fp4 else Format.FP8_NATIVE):
-                fault = "draft-experts" if name.startswith(DRAFT) else "other-arguments"
-                faults.setdefault(fault, []).append(name)
-        eras.append((since, before, faults))
-    yield from _over_eras(eras, Effect.CORRUPTS)
+                yield "draft-experts" if name.startswith(DRAFT) else "other-arguments", name
+
+    yield from _over_eras((FIRST, IGNORE_READ), faults, Effect.CORRUPTS)
     if fp4:
         yield from _native_scales(profile)
 
@@ -261,15 +261,14 @@ def resolution(profile: Profile) -> Iterator[Finding]:
         return
     if profile.malformed is not None:
         return  # `rules` reports it
-    eras: list[Era] = []
-    for since, before in ERAS:
-        wrong: dict[str, list[str]] = {}
+
+    def faults(since: Version) -> Iterator[tuple[str, str]]:
         for layer, block in profile.blocks.items():
             for name, kind, group, hidden in _modules(profile, layer, block, since):
                 if fault := _fault(kind, group, draft=block.startswith(DRAFT), hidden=hidden):
-                    wrong.setdefault(fault, []).append(name)
-        eras.append((since, before, wrong))
-    yield from _over_eras(eras, Effect.REFUSES)
+                    yield fault, name
+
+    yield from _over_eras(ERAS, faults, Effect.REFUSES)
 
 
 def _modules(
@@ -279,53 +278,42 @@ def _modules(
     groups, ignore = profile.groups, profile.ignored
     prefix = f"model.layers.{layer}"
     for module, stored in STORED.items():
-        kind = profile.formats.get(f"{block}.{stored}")
-        if kind is not None:
+        if (kind := profile.formats.get(f"{block}.{stored}")) is not None:
             name = f"{prefix}.{module}"
             # Without a prefix of its own before 0.24.0; then no rule can match it.
             group = matching.resolve(groups, ignore, name, version)
             yield name, kind, group, ignore.means(name, version)
-    kind = profile.formats.get(f"{block}.{EXPERTS}.0.w1")
-    if kind is not None:
-        resolved = matching.resolve_experts(groups, ignore, layer, version)
+    if (kind := profile.formats.get(f"{block}.{EXPERTS}.0.w1")) is not None:
+        first, *others = matching.resolve_experts(groups, ignore, layer, version)
         targeted = matching.resolve_experts(groups, Rules(()), layer, version)[0]
-        hidden = None in resolved and targeted is not None
-        group = resolved[0] if all(other is resolved[0] for other in resolved) else None
+        hidden = None in (first, *others) and targeted is not None
+        group = first if all(other is first for other in others) else None
         yield f"{prefix}.{EXPERTS}", kind, group, hidden
 
 
 def _fault(kind: Format, group: Group | None, *, draft: bool, hidden: bool) -> str:
     """The row of checks.toml, "" for none."""
-    if group is None:
-        if kind is Format.PLAIN:
-            return ""
-        if draft:
-            return "draft-not-described"
-        return "broad-ignore" if hidden else "no-target"
     if kind is Format.PLAIN:
-        return "draft-not-ignored" if draft else "not-quantized"
-    return "" if kind in ARGUMENTS and is_of(group, kind) else "other-arguments"
+        return "" if group is None else "draft-not-ignored" if draft else "not-quantized"
+    if group is not None:
+        return "" if kind in ARGUMENTS and is_of(group, kind) else "other-arguments"
+    return "draft-not-described" if draft else "broad-ignore" if hidden else "no-target"
 
 
-def _over_eras(eras: list[Era], effect: Effect) -> Iterator[Finding]:
+def _over_eras(starts: Sequence[Version], faults: Faults, effect: Effect) -> Iterator[Finding]:
     """One finding per fault, over the neighbouring eras, in order, in which it is the same."""
-    for fault in {fault: None for _, _, faults in eras for fault in faults}:
-        runs: list[tuple[Version, Version | None, list[str]]] = []
-        for since, before, faults in eras:
-            if (names := faults.get(fault)) is None:
-                continue
-            begin = since
-            if runs and runs[-1][1:] == (since, names):
-                begin = runs.pop()[0]
-            runs.append((begin, before, names))
-        for since, before, names in runs:
-            yield finding(
-                fault,
-                summarize(f"{name}.weight" for name in names),
-                effect=effect,
-                since="" if since == FIRST else str(since),
-                before="" if before is None else str(before),
-            )
+    runs: dict[str, list[tuple[Version, Version | None, list[str]]]] = defaultdict(list)
+    for since, before in zip_longest(starts, starts[1:]):
+        found: dict[str, list[str]] = defaultdict(list)
+        for fault, name in faults(since):
+            found[fault].append(f"{name}.weight")
+        for fault, names in found.items():
+            same = runs[fault][-1:] and runs[fault][-1][1:] == (since, names)
+            runs[fault].append((runs[fault].pop()[0] if same else since, before, names))
+    for fault, rows in runs.items():
+        for since, before, names in rows:
+            bounds = {"since": "" if since == FIRST else str(since), "before": str(before or "")}
+            yield finding(fault, summarize(names), effect=effect, **bounds)
 
 
 CHECKS = (form, method, native, activations, actorder, nvfp4_scales, rules, resolution)

@@ -27,7 +27,6 @@ from vllm_forge.checkpoints.inspect.profile import (
     Part,
     Profile,
     RequiredTensor,
-    alias_tensors,
     part_of,
     split,
     stored_as,
@@ -94,8 +93,7 @@ def drafter(profile: Profile) -> Iterator[Finding]:
     if absent := list(_absent(profile, profile.draft.values())):
         check = "missing-mtp" if profile.drafter is Drafter.MTP else "other-drafter"
         yield finding("incomplete-drafter", summarize(absent), len(profile.draft), check=check)
-    aliases = [tensor.name for tensor in alias_tensors(profile.model)]
-    if profile.drafter is Drafter.MTP and not profile.names.keys() >= set(aliases):
+    if profile.drafter is Drafter.MTP and not profile.names.keys() >= profile.aliases.keys():
         yield finding("no-aliases")
 
 
@@ -120,28 +118,25 @@ def others(profile: Profile) -> Iterator[Finding]:
     """Everything else that the config implies is stored, and no matrix row by row."""
     if rows := [name for name in profile.names if ROWS.search(name)]:
         yield finding("split-rows", summarize(rows))
-    kinds = [t for t in profile.main.values() if part_of(t.name) is not Part.EXPERTS]
-    wanted = [tensor for tensor in kinds if not tensor.name.endswith(ROUTERS)]
-    if absent := list(_absent(profile, wanted)):
+    others = (t for t in profile.main.values() if part_of(t.name) is not Part.EXPERTS)
+    if absent := [name for name in _absent(profile, others) if not name.endswith(ROUTERS)]:
         yield finding("missing-tensors", summarize(absent))
 
 
 def unknown(profile: Profile) -> Iterator[Finding]:
     """No names that no module of the model has; loaders look each of them up."""
-    promised = bool(profile.draft_layers)
-    aliases = [tensor.name for tensor in alias_tensors(profile.model)]
-    expected = [*profile.main, *profile.own_draft, *aliases]
+    expected = [*profile.main, *profile.own_draft, *profile.aliases]
     known = {split(name)[0] for name in expected} | {_other_name(name) for name in expected}
     names = [
         name
         for name in profile.names
         if split(name)[0] not in known and not ROWS.search(name) and not name.endswith(SKIPPED)
     ]
-    if profile.drafter is Drafter.UNKNOWN or not promised:  # `drafter` reports these
+    if profile.drafter is Drafter.UNKNOWN or not profile.draft_layers:  # `drafter` reports these
         names = [name for name in names if not name.startswith(DRAFT)]
     foreign = [name for name in names if FOREIGN.search(name)]
     yield from scoped("foreign-names", foreign)
-    names = sorted(set(names) - set(foreign), key=names.index) if foreign else names
+    names = [name for name in names if not FOREIGN.search(name)]
     numbers = tuple(f"layers.{number}." for number in profile.draft_layers)
     for scope, own in by_scope(names):
         misnamed = scope is Scope.DRAFT or bool(numbers and own[0].startswith(numbers))
@@ -152,13 +147,12 @@ def unknown(profile: Profile) -> Iterator[Finding]:
 
 def _absent(profile: Profile, wanted: Iterable[TensorSpec]) -> Iterator[str]:
     """Tensors, or weights in whatever format, that are not stored."""
-    for tensor in wanted:
-        if LINEAR.search(tensor.name):
-            module, _ = split(tensor.name)
-            if not any(f"{module}.{suffix}" in profile.names for suffix in WEIGHTS):
-                yield tensor.name
-        elif not {tensor.name, _other_name(tensor.name)} & profile.names.keys():
-            yield tensor.name
+    for name in (tensor.name for tensor in wanted):
+        module, names = name.removesuffix(".weight"), {name, _other_name(name)}
+        if LINEAR.search(name):
+            names = {f"{module}.{suffix}" for suffix in WEIGHTS}
+        if not names & profile.names.keys():
+            yield name
 
 
 def _other_name(name: str) -> str:
@@ -340,8 +334,7 @@ def kept_unquantized(profile: Profile) -> Iterator[Finding]:
 
 def plain_tensors(profile: Profile) -> Iterator[Finding]:
     """What is stored as it is: its shape as the config says, and numbers of the right kind."""
-    aliases = {tensor.name: tensor for tensor in alias_tensors(profile.model)}
-    wanted = {**profile.main, **profile.own_draft, **aliases}
+    wanted = {**profile.main, **profile.own_draft, **profile.aliases}
     other_shapes, other_kinds = [], []
     for name, spec in wanted.items():
         tensor = profile.tensors.get(name)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from vllm_forge.checkpoints import architecture
 from vllm_forge.checkpoints.checkpoint import Checkpoint
@@ -34,41 +34,28 @@ ALIASES = {"mtp.0.emb.tok_emb.weight": "embed.weight", "mtp.0.head.weight": "hea
 
 
 class Part(StrEnum):
-    """The classes of DeepSeek V4's tensors. Order of rows in tables."""
+    """The classes of DeepSeek V4's tensors, in the order of tables, by their names in a block."""
 
-    EXPERTS = "experts"
-    ATTENTION = "attention"
-    COMPRESSOR = "compressor"
-    INDEXER = "indexer"
-    SHARED_EXPERTS = "shared experts"
-    ROUTER = "router"
-    NORMS = "norms"
-    HYPER = "hyper-connections"
-    SINKS = "attention sinks"
-    EMBEDDING = "embedding and head"
-    PROJECTIONS = "draft projections"
-    DRAFT_HEADS = "draft heads"
-    OTHER = "other"
+    pattern: re.Pattern[str]
 
+    EXPERTS = "experts", r"ffn\.experts\.\d+\."
+    ATTENTION = "attention", r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|fused_wqa_wkv)\."
+    COMPRESSOR = "compressor", r"attn\.compressor\."
+    INDEXER = "indexer", r"attn\.indexer\."
+    SHARED_EXPERTS = "shared experts", r"ffn\.shared_experts\."
+    ROUTER = "router", r"ffn\.gate\."
+    NORMS = "norms", r"(attn\.)?(\w*_)?norm\.weight$|[eh]norm\.weight$"
+    HYPER = "hyper-connections", r"hc_(attn|ffn|head)_"
+    SINKS = "attention sinks", r"attn\.attn_sink$"
+    EMBEDDING = "embedding and head", r"(embed|head|emb\.tok_emb|lm_head|embed_tokens)\.weight$"
+    PROJECTIONS = "draft projections", r"(e_proj|h_proj|main_proj)\."
+    DRAFT_HEADS = "draft heads", r"(markov_head|confidence_head)\."
+    OTHER = "other", ""
 
-# First match wins; the names are without "layers.<i>." or "mtp.<i>.".
-RULES = {
-    re.compile(pattern): part
-    for pattern, part in (
-        (r"ffn\.experts\.\d+\.", Part.EXPERTS),
-        (r"ffn\.shared_experts\.", Part.SHARED_EXPERTS),
-        (r"ffn\.gate\.", Part.ROUTER),
-        (r"attn\.indexer\.", Part.INDEXER),
-        (r"attn\.compressor\.", Part.COMPRESSOR),
-        (r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|fused_wqa_wkv)\.", Part.ATTENTION),
-        (r"attn\.attn_sink$", Part.SINKS),
-        (r"hc_(attn|ffn|head)_", Part.HYPER),
-        (r"(attn\.)?(\w*_)?norm\.weight$|[eh]norm\.weight$", Part.NORMS),
-        (r"(embed|head|emb\.tok_emb|lm_head|embed_tokens)\.weight$", Part.EMBEDDING),
-        (r"(e_proj|h_proj|main_proj)\.", Part.PROJECTIONS),
-        (r"(markov_head|confidence_head)\.", Part.DRAFT_HEADS),
-    )
-}
+    def __new__(cls, title: str, pattern: str) -> Self:
+        part = str.__new__(cls, title)
+        part._value_, part.pattern = title, re.compile(pattern)
+        return part
 
 
 class Drafter(StrEnum):
@@ -83,7 +70,7 @@ class Drafter(StrEnum):
 def part_of(name: str) -> Part:
     """The class of a stored tensor, by its name."""
     local = BLOCK.sub("", name)
-    return next((part for pattern, part in RULES.items() if pattern.match(local)), Part.OTHER)
+    return next(part for part in Part if part.pattern.match(local))
 
 
 def drafter_of(names: Iterable[str]) -> Drafter:
@@ -340,6 +327,10 @@ class Profile(Checkpoint):
     def own_draft(self) -> dict[str, TensorSpec]:
         """The same; empty where there is none."""
         return {} if self.drafter is Drafter.NONE else self.draft
+
+    @cached_property
+    def aliases(self) -> dict[str, TensorSpec]:
+        return {tensor.name: tensor for tensor in alias_tensors(self.model)}
 
     @cached_property
     def modules(self) -> dict[str, dict[str, str]]:
