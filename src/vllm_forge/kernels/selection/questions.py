@@ -329,9 +329,7 @@ def write_inputs(folder: Path, questions: Sequence[Question]) -> None:
         },
     }
     remove(folder)
-    (folder / INSIDE.name).mkdir(parents=True)
-    for path in sorted(INSIDE.glob("*.py")):
-        shutil.copyfile(path, folder / INSIDE.name / path.name)
+    shutil.copytree(INSIDE, folder / INSIDE.name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / QUESTIONS).write_text(json.dumps(content), encoding="utf-8")
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755)
