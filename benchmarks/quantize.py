@@ -68,7 +68,7 @@ from pathlib import Path
 from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer
 from vllm_forge.checkpoints.quantize.inputs import calibrate_with, load_recipe, open_model
 from vllm_forge.checkpoints.quantize.quantizer import quantize
-from vllm_forge.checkpoints.quantize.work import Job
+from vllm_forge.checkpoints.quantize.quantizer import Job
 torch.set_num_threads(1)
 model, output = Path(sys.argv[1]), Path(sys.argv[2])
 named = load_recipe({RECIPE!r})

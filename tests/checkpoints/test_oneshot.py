@@ -29,8 +29,7 @@ from vllm_forge.checkpoints.quantize.inputs import (
     read_conversations,
     tokenize,
 )
-from vllm_forge.checkpoints.quantize.quantizer import quantize
-from vllm_forge.checkpoints.quantize.work import Job
+from vllm_forge.checkpoints.quantize.quantizer import Job, quantize
 
 if TYPE_CHECKING:
     from pathlib import Path

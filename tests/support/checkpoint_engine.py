@@ -10,7 +10,7 @@ from vllm_forge.checkpoints.architecture import HEAVY, SLIDING
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
 from vllm_forge.checkpoints.inspect.profile import stored_as
 from vllm_forge.checkpoints.quantize.inputs import Calibration, Recipe, load_recipe, open_model
-from vllm_forge.checkpoints.quantize.work import FORMATS, Hidden, Job
+from vllm_forge.checkpoints.quantize.quantizer import FORMATS, Hidden, Job
 from vllm_forge.checkpoints.tensors import TensorToWrite, in_memory
 
 if TYPE_CHECKING:

@@ -126,7 +126,7 @@ def quantize(project: Project, args: argparse.Namespace) -> None:
 
     from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer, pick_device
     from vllm_forge.checkpoints.quantize.inputs import NO_DATA, calibrate_with
-    from vllm_forge.checkpoints.quantize.work import Job
+    from vllm_forge.checkpoints.quantize.quantizer import Job
 
     engine = LayerQuantizer(source.config, recipe, pick_device(args.device))
     data = calibrate_with(args.data, recipe, args.model) if engine.needs_data else NO_DATA

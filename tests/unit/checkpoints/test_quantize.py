@@ -19,13 +19,13 @@ from tests.support.checkpoint_engine import (
     make_job,
     tree_of,
 )
+from vllm_forge.checkpoints import tensors
 from vllm_forge.checkpoints.architecture import all_tensors
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import QuantizedOutputError, RecipeError, ResumeError
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
 from vllm_forge.checkpoints.quantize import inputs
 from vllm_forge.checkpoints.quantize import quantizer as module
-from vllm_forge.checkpoints.quantize import work as work_module
 from vllm_forge.checkpoints.quantize.inputs import (
     RECIPES,
     SHIPPED,
@@ -33,8 +33,7 @@ from vllm_forge.checkpoints.quantize.inputs import (
     load_recipe,
     read_conversations,
 )
-from vllm_forge.checkpoints.quantize.quantizer import disk_needed, plan_parts, quantize
-from vllm_forge.checkpoints.quantize.work import check_layer
+from vllm_forge.checkpoints.quantize.quantizer import check_layer, disk_needed, plan_parts, quantize
 from vllm_forge.checkpoints.tensors import in_memory, write_shard
 from vllm_forge.host import exclusive, hash_of
 from vllm_forge.host.errors import BusyError, DiskSpaceError
@@ -42,7 +41,7 @@ from vllm_forge.host.errors import BusyError, DiskSpaceError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vllm_forge.checkpoints.quantize.work import Job
+    from vllm_forge.checkpoints.quantize.quantizer import Job
     from vllm_forge.checkpoints.tensors import TensorToWrite
 
 
@@ -393,7 +392,7 @@ class TestChecks:
                 path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
             return written
 
-        monkeypatch.setattr(work_module, "write_shard", forgetful)
+        monkeypatch.setattr(tensors, "write_shard", forgetful)
         with pytest.raises(QuantizedOutputError, match="is not the model's"):
             quantize(job, tmp_path / "out")
 

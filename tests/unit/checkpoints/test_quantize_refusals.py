@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.checkpoint_engine import make_job
+from vllm_forge.checkpoints import tensors
 from vllm_forge.checkpoints.checkpoint import MAX_TEXT
 from vllm_forge.checkpoints.errors import ModelInputError, ResumeError
-from vllm_forge.checkpoints.quantize import work as work_module
 from vllm_forge.checkpoints.quantize.quantizer import check_output, quantize
 from vllm_forge.checkpoints.tensors import in_memory, write_shard
 from vllm_forge.cli import main
@@ -22,9 +22,9 @@ from vllm_forge.errors import UsageError
 from vllm_forge.host.errors import DiskSpaceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-    from vllm_forge.checkpoints.quantize.work import Job
+    from vllm_forge.checkpoints.quantize.quantizer import Job
     from vllm_forge.checkpoints.tensors import TensorToWrite
 
 
@@ -48,7 +48,7 @@ def _failing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(number, "said the kernel", str(path))
         return write(path, items)
 
-    monkeypatch.setattr(work_module, "write_shard", refuse)
+    monkeypatch.setattr(tensors, "write_shard", refuse)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -69,6 +69,17 @@ def test_a_disk_that_may_not_be_written_is_reported(
 ) -> None:
     _failing(errno.EROFS, monkeypatch)
     with pytest.raises(UsageError, match="cannot write: said the kernel"):
+        quantize(job, tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", [lambda plan: plan.write_bytes(b"\xff"), os.mkfifo])
+def test_plan_of_any_kind_beside_an_output_is_reported(
+    make: Callable[[Path], object], job: Job, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.partial").mkdir()
+    make(tmp_path / "out.partial/plan.json")
+    with pytest.raises(ResumeError, match="cannot be read"):
         quantize(job, tmp_path / "out")
 
 

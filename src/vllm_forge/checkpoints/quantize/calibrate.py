@@ -45,7 +45,7 @@ from vllm_forge.checkpoints.architecture import MODEL_TYPE
 from vllm_forge.checkpoints.errors import QuantizedOutputError
 from vllm_forge.checkpoints.inspect import meta_load
 from vllm_forge.checkpoints.quantize.inputs import AUTO, Group, Recipe
-from vllm_forge.checkpoints.quantize.work import Hidden
+from vllm_forge.checkpoints.quantize.quantizer import Hidden
 from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite
 from vllm_forge.errors import UsageError
 

@@ -3,40 +3,69 @@
 Every tensor that the recipe does not name keeps its bytes: it never becomes a number here. What
 ``mtp.*`` is to transformers (nothing, it drops them) therefore does not matter. Tensors that the
 recipe names go through llm-compressor, a layer at a time: see calibrate.py.
+
+``<output>.partial/plan.json`` says which run this is; ``artifact/`` becomes the output by one
+rename; ``notes/`` holds, per finished file, the digests for the manifest; ``hidden-*.bin`` the
+hidden states between two layers. A file is there only when it is complete and on the disk, so what
+exists need not be made again.
 """
 
 import errno
+import json
 import math
+import os
+import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from vllm_forge import host
+from vllm_forge.checkpoints import tensors as files
 from vllm_forge.checkpoints.architecture import layer_tensors, shared_tensors
-from vllm_forge.checkpoints.checkpoint import Checkpoint
-from vllm_forge.checkpoints.errors import ModelInputError
-from vllm_forge.checkpoints.quantize.inputs import Recipe, alias_names
-from vllm_forge.checkpoints.quantize.work import (
-    Job,
-    Work,
-    check_layer,
-    check_passed,
-    finish_artifact,
-    token_bytes,
-)
-from vllm_forge.checkpoints.tensors import copy_of
+from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder
+from vllm_forge.checkpoints.codecs.small_floats import e4m3_decode
+from vllm_forge.checkpoints.errors import ModelInputError, QuantizedOutputError, ResumeError
+from vllm_forge.checkpoints.inspect.profile import Format, stored_as
+from vllm_forge.checkpoints.quantize.inputs import Calibration, Recipe, alias_names
+from vllm_forge.checkpoints.tensors import CONFIG, INDEX, StoredTensor, TensorSpec, TensorToWrite
 from vllm_forge.errors import UsageError
-from vllm_forge.host import console, exclusive, hash_of, remove, require_disk
+from vllm_forge.host import atomic_path, console, hash_of, remove, require_disk, write_json
 from vllm_forge.host.console import progress_line
 from vllm_forge.host.errors import DiskSpaceError
 
+if TYPE_CHECKING:
+    from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer
+
+PLAN, MANIFEST, RECIPE = "plan.json", "manifest.json", "recipe.yaml"
+AGAIN = "delete that folder to start again"
+FORMATS = {  # by compressed-tensors' names
+    "float-quantized": Format.FP8_BLOCK,
+    "nvfp4-pack-quantized": Format.NVFP4,
+    "pack-quantized": Format.W4A16,
+}
+SCALES = ("weight_scale", "weight_global_scale", "input_global_scale")
+# vLLM takes w1's for both, with a warning at most (0.26.0, compressed_tensors_moe_w4a4_nvfp4.py).
+SHARED = (".weight_global_scale", ".input_global_scale")
+# Not part of a quantized artifact: other weights, and what describes the source as a repository.
+LEFT_OUT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md"}
 MAX_PASSED = 5_000_000_000  # bytes of passed-through tensors per file
 GB = 10**9
 SHOWN = 200  # characters of a path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    source: Checkpoint
+    recipe: Recipe
+    calibration: Calibration
+    engine: "LayerQuantizer"  # tests have a stand-in without torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +77,130 @@ class Part:
     size: int  # bytes of `tensors` in the model
 
 
+class Work:
+    """Paths of one run: where the finished checkpoint goes, and the work folder."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name; links stay links
+        self.folder = self.output.with_name(f"{self.output.name}.partial")
+        self.artifact = self.folder / "artifact"
+
+    def hidden(self, layer: int, job: Job) -> "Hidden":
+        """The states that a layer takes."""
+        return Hidden(
+            path=self.folder / f"hidden-{layer:05}.bin",
+            tokens=job.calibration.tokens,
+            token_bytes=token_bytes(job.source.config),
+        )
+
+    def check(self) -> None:
+        """Refuse an output that is there already, as far as that can be told without a plan."""
+        if self.output.is_symlink() and not self.output.exists():
+            remedy = "name the folder itself, or delete the link"
+            raise self._refused("the output is a link to what is not there", remedy)
+        if self.output.exists() and (self.artifact.exists() or not (self.folder / PLAN).exists()):
+            raise self._refused("the output exists")
+
+    def _refused(
+        self, what: str, remedy: str = "choose another --output, or delete that one"
+    ) -> ResumeError:
+        return ResumeError(what, where=self.output, remedy=remedy)
+
+    def begin(self, plan: dict[str, Any]) -> bool:
+        """Start, or go on with what an earlier run of the same plan has left.
+
+        False when the output is finished already. ResumeError if the output exists, or if the
+        leftovers are of another plan.
+        """
+        text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
+        plan, path = json.loads(text), self.folder / PLAN
+        refused = partial(ResumeError, where=self.folder)
+        if self.output.exists():
+            self.check()
+            if self._earlier() == plan:
+                remove(self.folder)  # the last run was ended just before it would have
+                return False
+            raise self._refused("the output exists, made by a run that differs from this one")
+        if path.exists():
+            earlier = self._earlier()
+            if differing := ", ".join(sorted(k for k in plan if earlier.get(k) != plan[k])):
+                remedy = f"{AGAIN}, or repeat the earlier command"
+                raise refused(f"an earlier run differs in {differing}", remedy=remedy)
+        else:
+            if any(self.folder.glob("[!.]*")):  # a plan that was being written is not a leftover
+                remedy = "look at it, then delete it or choose another --output"
+                raise refused("the work folder holds something else", remedy=remedy)
+            host.write_whole(path, text)
+        self.artifact.mkdir(exist_ok=True)
+        return True
+
+    def _earlier(self) -> dict[str, Any]:
+        with suppress(ValueError):
+            if isinstance(plan := host.parse_json(host.read_plain(self.folder / PLAN)), dict):
+                return plan
+        what = f"{PLAN} of an earlier run cannot be read"
+        raise ResumeError(what, where=self.folder, remedy=AGAIN)
+
+    def done(self, name: str) -> bool:
+        return (self.artifact / name).exists() and self._note(name).exists()
+
+    def write(self, name: str, items: Iterable[TensorToWrite]) -> dict[str, str]:
+        """Write a file of the artifact; note and return the SHA-256 of its tensors by name."""
+        sums = files.write_shard(self.artifact / name, items)
+        write_json(self._note(name), sums)
+        return sums
+
+    def sums(self, name: str, tensors: Iterable[TensorSpec]) -> dict[str, str]:
+        """The same of a finished file, which has these tensors."""
+        return host.read_data(
+            self._note(name),
+            lambda sums: {tensor.name: str(sums[tensor.name]) for tensor in tensors},
+            ResumeError,
+            what="note of a finished file",
+            remedy=f"delete {self.folder} to start again",
+        )
+
+    def _note(self, name: str) -> Path:
+        return self.folder / "notes" / f"{name}.json"
+
+
+def token_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of a token's hidden states: streams x hidden size x 2 (BF16)."""
+    return int(config["hc_mult"] * config["hidden_size"] * 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hidden:
+    """A file of hidden states.
+
+    ``tokens`` are the ids of each sample: their numbers say where a sample begins.
+    """
+
+    path: Path
+    tokens: Sequence[Sequence[int]]
+    token_bytes: int
+
+    def read(self, sample: int) -> bytearray:
+        """The states of one sample; ResumeError if the file ends before."""
+        start = sum(len(row) for row in self.tokens[:sample]) * self.token_bytes
+        data = bytearray(len(self.tokens[sample]) * self.token_bytes)
+        with self.path.open("rb") as file:
+            file.seek(start)
+            if file.readinto(data) != len(data):
+                raise ResumeError(f"sample {sample} is cut off", where=self.path)
+        return data
+
+    @contextmanager
+    def write(self) -> Iterator[Callable[[bytes], object]]:
+        """Yield what takes the states of each sample in turn; the file appears when all are in."""
+        with atomic_path(self.path) as aside, aside.open("wb") as file:
+            yield file.write
+            file.flush()
+            os.fsync(file.fileno())
+            if file.tell() != sum(len(row) for row in self.tokens) * self.token_bytes:
+                raise ValueError(f"{self.path.name}: {file.tell()} bytes of hidden states")
+
+
 def quantize(job: Job, output: Path) -> bool:
     """Quantize the job's model into the folder ``output``.
 
@@ -56,10 +209,10 @@ def quantize(job: Job, output: Path) -> bool:
     was left.
     """
     check_output(job.source.local.path, output)
-    work = Work.beside(output)
+    work = Work(output)
     parts = plan_parts(job.source)
     lock = hash_of(str(output.resolve()))[:16]
-    with exclusive(f"quantize-{lock}", wait=False), _disk_errors(work.folder):
+    with host.exclusive(f"quantize-{lock}", wait=False), _disk_errors(work.folder):
         if not work.folder.exists():
             tokens = sum(len(row) for row in job.calibration.tokens)
             require_disk(output.parent, disk_needed(job.source, job.recipe, parts, tokens))
@@ -77,7 +230,9 @@ def quantize(job: Job, output: Path) -> bool:
                 line = progress_line(f"{part.name}: {kind}", made, total, seconds)
             console.print(line, style="dim", markup=False)
         finish_artifact(work, [part.name for part in parts], job)
-        work.finish()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work.artifact.rename(work.output)
+        remove(work.folder)
     return True
 
 
@@ -112,12 +267,11 @@ def plan_parts(source: Checkpoint) -> list[Part]:
             size = more
         drafts[-1].append(name)
     groups += [(names, None) for names in drafts]
-    last = len(groups) if drafts else 0
     return [
         Part(
             name=f"model-{number:05}-of-{len(groups):05}.safetensors",
             tensors=tuple(names),
-            aliases=alias_names(source) if number == last else {},
+            aliases=alias_names(source) if drafts and number == len(groups) else {},
             layer=layer,
             size=sum(source.tensors[name].size for name in names),
         )
@@ -130,7 +284,7 @@ def disk_needed(source: Checkpoint, recipe: Recipe, parts: Sequence[Part], token
 
     A quantized weight is counted as one byte, its scales included.
     """
-    names = [name for part in parts for name in (*part.tensors, *part.aliases.values())]
+    names = (name for part in parts for name in (*part.tensors, *part.aliases.values()))
     artifact = sum(
         tensor.size if recipe.group_of(name) is None else math.prod(tensor.shape)
         for name, tensor in ((name, source.tensors[name]) for name in names)
@@ -171,7 +325,7 @@ def check_output(source: Path, output: Path) -> None:
         raise refused("--output and --model are folders in each other", remedy=remedy)
     if above != there and not above.is_dir():
         raise refused(f"cannot create --output: {above} is not a directory")
-    Work.beside(output).check()
+    Work(output).check()
 
 
 def _plan(job: Job) -> dict[str, Any]:
@@ -196,8 +350,9 @@ def _make(work: Work, part: Part, job: Job) -> None:
     """One file. The states that a layer gives are on the disk before its tensors are."""
     source, recipe = job.source, job.recipe
     stored = {name: source.tensors[name] for name in part.tensors}
-    items = [copy_of(tensor) for name, tensor in stored.items() if recipe.group_of(name) is None]
-    items += [copy_of(source.tensors[of], name) for name, of in part.aliases.items()]
+    kept = (tensor for name, tensor in stored.items() if recipe.group_of(name) is None)
+    items = [*map(files.copy_of, kept)]
+    items += [files.copy_of(source.tensors[of], name) for name, of in part.aliases.items()]
     if part.layer is None:
         written = work.write(part.name, items)
         check_passed(work.artifact / part.name, written, source)
@@ -209,3 +364,87 @@ def _make(work: Work, part: Part, job: Job) -> None:
     check_layer(made, stored, recipe)
     work.write(part.name, [*items, *made])
     remove(states.path)
+
+
+def check_layer(
+    made: Sequence[TensorToWrite], stored: Mapping[str, StoredTensor], recipe: Recipe
+) -> None:
+    """Compare the tensors that the tools made of a layer's with what the recipe says.
+
+    QuantizedOutputError: a tensor is missing, or unknown, or of another dtype; a scale is zero or
+    not finite; w1 and w3 of an expert have different global scales.
+    """
+    expected = {
+        required.name: required.dtype
+        for name, tensor in stored.items()
+        if (group := recipe.group_of(name)) is not None
+        for required in stored_as(tensor, FORMATS[group.format])
+    }
+    found = {item.name: item.dtype for item in made}
+    if wrong := sorted(expected.items() ^ found.items()):
+        name, dtype = wrong[0]
+        raise QuantizedOutputError(
+            f"{len(wrong)} tensors are not as the recipe says, e.g. {name}: "
+            f"{found.get(name, 'nothing')} instead of {expected.get(name, f'nothing ({dtype})')}",
+            remedy="the tools' versions are those of docker/locks/quantize.txt? then this is a bug",
+        )
+    scales = {item.name: item for item in made if item.name.rpartition(".")[2] in SCALES}
+    for problem in _bad_scales(scales):
+        raise QuantizedOutputError(problem, remedy="look at the model's weights in that place")
+
+
+def _bad_scales(scales: Mapping[str, TensorToWrite]) -> Iterator[str]:
+    for item in scales.values():
+        if item.dtype == "F8_E4M3":
+            values = e4m3_decode(np.frombuffer(item.data(), np.uint8))
+        else:
+            bf16 = item.dtype == "BF16"
+            words = np.frombuffer(item.data(), "<u2" if bf16 else "<u4").astype("<u4")
+            values = (words << 16 if bf16 else words).view("<f4")
+        good = np.isfinite(values) & (values > 0)
+        if not good.all():
+            yield f"{item.name}: {(~good).sum()} scales are zero, negative or not finite"
+    for name, item in scales.items():
+        other = name.replace(".w1.", ".w3.")
+        if name.endswith(SHARED) and other != name and scales[other].data() != item.data():
+            yield f"{name} is not {other}"
+
+
+def check_passed(path: Path, sums: Mapping[str, str], source: Checkpoint) -> None:
+    """Read a file of passed-through tensors back and compare with the model, byte for byte."""
+    aliases = alias_names(source)
+    stored = {row.name: row for row in files.read_header(Folder(path.parent), path.name)}
+    for name, sha256 in sums.items():
+        origin = source.tensors[aliases.get(name, name)]
+        if name not in stored or not stored[name].sha256() == sha256 == origin.sha256():
+            remedy = "disk or memory are at fault, or the model was changed meanwhile"
+            raise QuantizedOutputError(f"{name} is not the model's", where=path, remedy=remedy)
+
+
+def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
+    """Write index, config.json, recipe.yaml and manifest.json; copy tokenizer and other files."""
+    folder, source, recipe = work.artifact, job.source, job.recipe
+    shards = {name: files.read_header(Folder(folder), name) for name in names}
+    files.write_index(folder, shards)
+    ignore = recipe.ignored(source.config)
+    quantization = {"quantization_config": job.engine.quantization_config(ignore)}
+    write_json(folder / CONFIG, {**source.config, **quantization}, ensure_ascii=False)
+    host.write_whole(folder / RECIPE, job.engine.recipe_yaml())
+    for name, path in sorted(source.local.files.items()):
+        kept = Path(name).suffix not in LEFT_OUT and name not in {CONFIG, INDEX, MANIFEST, RECIPE}
+        if kept and not name.startswith("."):
+            with atomic_path(folder / name) as aside:
+                shutil.copyfile(path, aside)
+    manifest = {
+        "made_by": "vllm-forge quantize",
+        "recipe": recipe.model_dump(mode="json"),
+        "calibration": job.calibration.record(),
+        "tools": job.engine.versions,
+        "tensors": {
+            t.name: {"file": name, "dtype": t.dtype, "shape": t.shape, "sha256": sums[t.name]}
+            for name, tensors in shards.items()
+            for sums in [work.sums(name, tensors)]
+            for t in tensors
+        },
+    }
+    write_json(folder / MANIFEST, manifest, ensure_ascii=False)
