@@ -46,11 +46,11 @@ from vllm_forge.images.system import SYSTEM_NAME
 from vllm_forge.kernels.coverage.library import library_code
 from vllm_forge.project import Project as ForgeProject
 from vllm_forge.proofs import dry_load as loading
-from vllm_forge.proofs import environment, upstream
+from vllm_forge.proofs import environment
+from vllm_forge.proofs import prove as proving
 from vllm_forge.proofs.dry_load import dry_load, ready
 from vllm_forge.proofs.environment import ask_line
-from vllm_forge.proofs.prove import prove
-from vllm_forge.proofs.upstream import compare
+from vllm_forge.proofs.prove import compare_upstream, prove
 from vllm_forge.release.contents import wheel_contents
 
 if TYPE_CHECKING:
@@ -466,7 +466,7 @@ def inspect_by_vllm(project: ForgeProject) -> None:
 
 COMMANDS: dict[str, Callable[[ForgeProject], object]] = {
     "patch prove": lambda project: prove(project, ["mini"], FastRunner()),
-    "patch upstream": lambda project: compare(project, "mini", FastRunner()),
+    "patch upstream": lambda project: compare_upstream(project, "mini", FastRunner()),
     "kernels select": lambda project: ask_line(project, "mini", FastRunner()),
     "kernels coverage": lambda project: line_coverage(project, "mini"),
     "dry load": lambda project: dry_load(project, "mini", {}, FastRunner()),
@@ -483,7 +483,7 @@ def test_damaged_layer_is_not_used(
     use(project, monkeypatch)
     monkeypatch.setattr(environment, "kept_bytecode", used)
     monkeypatch.setattr(checks, "contents_of", used)
-    monkeypatch.setattr(upstream, "read_tests", lambda *_: [])
+    monkeypatch.setattr(proving, "read_upstream", lambda *_: [])
     monkeypatch.setattr(images, "choose_engine", lambda *_: FastEngine())
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr(loading, "which", str)

@@ -88,10 +88,10 @@ def prove(project: Project, args: argparse.Namespace) -> None:
 
 def upstream(project: Project, args: argparse.Namespace) -> None:
     """Run vLLM's own tests as published and as patched, as root; what is lost is red."""
-    from vllm_forge.proofs.upstream import compare
+    from vllm_forge.proofs.prove import compare_upstream
 
     for name in project.lines(args.line):
-        print(f"line {name}: {compare(project, name, Runner()).relative_to(project.root)}")
+        print(f"line {name}: {compare_upstream(project, name, Runner()).relative_to(project.root)}")
 
 
 def drift(project: Project, args: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ from vllm_forge.patches import Applied, Patch, check_line, read_series, read_tre
 from vllm_forge.patches.series import without
 from vllm_forge.patches.wheel import changed_files
 from vllm_forge.project import Project
-from vllm_forge.proofs.upstream import CONTENT, UPSTREAM_REQUIREMENTS
+from vllm_forge.proofs.prove import UPSTREAM_REQUIREMENTS, UPSTREAM_SOURCE
 from vllm_forge.receipts.errors import ReceiptSubjectError
 from vllm_forge.receipts.suite import CODECS_FOLDER, TESTS, plan_tier, read_suite
 from vllm_forge.receipts.verification import read_receipts
@@ -93,7 +93,7 @@ def write_bundle(
     plan = make_plan(project, cell, applied.result, image)
     copy_code(project.root, folder)
     repo.unpack(applied.base, read_suite(project.root).release_sources, folder / SOURCE)
-    repo.unpack(applied.base, CONTENT, folder / "upstream")
+    repo.unpack(applied.base, UPSTREAM_SOURCE, folder / "upstream")
     _write_variants(read_series(project.root / cell.line.series), repo, applied, folder / VARIANTS)
     (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
     unpack_tools(project.root, folder)

@@ -3,6 +3,11 @@
 A run has the tests, pytest and cmake, the reference models, and the files of the release that no
 wheel has: the sources of its native code. Red is pytest's exit code 1, and nothing else. Equal
 inputs give equal records.
+
+vLLM's own tests run as published and as patched: one that passes only as published is a fault. They
+come from the release's source, with its ``conftest.py``; ``UPSTREAM_ROWS`` lists them. They run in
+the image's own files, without network or GPU; what needs a GPU is skipped by both trees, and its
+record says so.
 """
 
 import os
@@ -10,25 +15,31 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
 from vllm_forge.errors import ForgeError
-from vllm_forge.host import Runner, atomic_path, console, exclusive, report, write_json
+from vllm_forge.host import Runner, atomic_path, console, exclusive, read_data, report, write_json
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches import Decision, Patch, decisions, read_dispositions, read_series
 from vllm_forge.patches.series import Variant, pairs, require_idempotent, without
 from vllm_forge.project import Project
 from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line
-from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
+from vllm_forge.proofs.errors import (
+    ProofNotRunError,
+    ProofRedError,
+    RegressionError,
+    UpstreamRowsError,
+    UselessPatchError,
+)
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
 
 MOST_WORKERS = 8  # each takes about 2 GB
@@ -50,6 +61,11 @@ MUTANTS = "tests/gpu/race"  # written for the release's text, which a contract t
 GREEN, RED = 0, 1  # pytest.ExitCode.OK and TESTS_FAILED
 CLEAR = {"passed", "failed"}
 WHY_CHARS = 160
+UPSTREAM_ROWS = "tests/patches/upstream.toml"
+UPSTREAM_REQUIREMENTS = "tests/patches/requirements-upstream.txt"
+UPSTREAM_SOURCE = ("tests", "pyproject.toml")  # of the release
+UPSTREAM_S = 1200  # for one tree; a test that waits for a network must not stop the run
+PUBLISHED, PATCHED = "published", "patched"
 # Code that does not load makes any test red, which proves nothing about a patch.
 NOT_LOADED = re.compile(r"^(SyntaxError|IndentationError|ImportError|ModuleNotFoundError)\b")
 CHANGING = re.compile(r"\b0x[0-9a-f]+\b|/(?:tmp|opt|mnt|srv)/\S+")
@@ -176,7 +192,7 @@ def show(job: ProofJob, whole: TestRun, runs: Sequence[TestRun]) -> None:
     console.print(table)
 
 
-def _counts(outcomes: Counter[str]) -> str:
+def _counts(outcomes: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
 
 
@@ -327,3 +343,71 @@ def _run(job: ProofJob, variant: Variant | None, threads: str) -> TestRun:
     seconds = time.monotonic() - start
     console.print(f"  line {job.line_name}, {what}: {verdict} ({seconds:.0f} s)")
     return run
+
+
+def read_upstream(root: Path, line: str) -> list[str]:
+    """Paths of a line's tests; UpstreamRowsError if the file is invalid, or has none for it."""
+    return read_data(
+        root / UPSTREAM_ROWS,
+        lambda data: TypeAdapter(dict[str, list[str]]).validate_python(data)[line],
+        UpstreamRowsError,
+        what=f"list of vLLM's tests for line {line}",
+        remedy="name files of its release's tests",
+    )
+
+
+def compare_upstream(project: Project, line: str, runner: Runner) -> Path:
+    """Run a line's rows on both trees; returns the record. For errors see ``judge_upstream``."""
+    paths = read_upstream(project.root, line)
+    with ExitStack() as stack:
+        stack.enter_context(exclusive(f"upstream-{line}", wait=False))
+        with report(f"trees and environment of line {line}"):
+            environment = stack.enter_context(open_line(project, line, runner, "upstream"))
+            inputs = environment.work / "inputs"  # for both runs
+            with atomic_path(inputs) as aside:
+                aside.mkdir()
+                environment.repo.unpack(environment.applied.base, UPSTREAM_SOURCE, aside)
+                write_tools(aside, project.root, UPSTREAM_REQUIREMENTS)
+        trees = {PUBLISHED: environment.applied.base, PATCHED: environment.applied.result}
+
+        def run(name: str) -> TestRun:
+            script = f"/mnt/{SCRIPT.name}"
+            argv = ("/usr/bin/timeout", str(UPSTREAM_S), PYTHON, script, "/mnt", line, "1", *paths)
+            return parse(environment.run(name, trees[name], inputs, argv), name)
+
+        with ThreadPoolExecutor(len(trees)) as pool:
+            published, patched = pool.map(run, trees)
+    rows = judge_upstream(line, paths, published, patched)
+    for file, counts in rows.items():
+        console.print(f"  {file}: {_counts(counts)}", markup=False)
+    path = project.records / "upstream" / f"{line}.json"
+    vllm = environment.plan.cell.line.vllm
+    write_json(path, {"line": line, "vllm": vllm, "trees": trees, "files": rows})
+    return path
+
+
+def judge_upstream(
+    line: str, paths: list[str], published: TestRun, patched: TestRun
+) -> dict[str, dict[str, int]]:
+    """How many tests of each file have which pair of outcomes, as published and as patched.
+
+    RegressionError if one passes only as published; ProofNotRunError if none passes, or ran.
+    """
+    for name, run in ((PUBLISHED, published), (PATCHED, patched)):
+        if run.exit not in {GREEN, RED}:
+            raise not_run(f"line {line}, {name}", run)
+    before, after = published.tests, patched.tests
+    if lost := [name for name in before if before[name] == "passed" != after.get(name)]:
+        what = f"line {line}: {len(lost)} of vLLM's tests pass as published, not as patched"
+        remedy = f"correct the patch; its message: {patched.why}"
+        raise RegressionError(what, where="\n          ".join(lost[:10]), remedy=remedy)
+    rows: dict[str, Counter[str]] = {path: Counter() for path in paths}
+    for name in before | after:
+        old, new = (outcomes.get(name, "missing") for outcomes in (before, after))
+        counts = rows.setdefault(name.partition("::")[0], Counter())
+        counts[old if old == new else f"{old}, then {new}"] += 1
+    if idle := [path for path, counts in rows.items() if not counts["passed"]]:
+        what = f"line {line}: nothing in it passes as published: {dict(rows[idle[0]])}"
+        remedy = "take it out of the line's list"
+        raise ProofNotRunError(what, where=f"{UPSTREAM_ROWS}: {idle[0]}", remedy=remedy)
+    return {path: dict(sorted(counts.items())) for path, counts in rows.items()}

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_forge.proofs.errors import ProofNotRunError, RegressionError, UpstreamRowsError
-from vllm_forge.proofs.prove import TestRun
-from vllm_forge.proofs.upstream import ROWS, judge, read_tests
+from vllm_forge.proofs.prove import UPSTREAM_ROWS, TestRun, judge_upstream, read_upstream
 
 A, B = "tests/a/test_a.py", "tests/b/test_b.py"
 
@@ -26,7 +25,7 @@ GREEN = {f"{A}::one": "passed", f"{A}::two[x]": "skipped", f"{B}::one": "passed"
 
 
 def test_equal_outcomes_are_counted_by_file() -> None:
-    assert judge("1", [A, B], run(GREEN), run(GREEN)) == {
+    assert judge_upstream("1", [A, B], run(GREEN), run(GREEN)) == {
         A: {"passed": 1, "skipped": 1}, B: {"passed": 1},
     }  # fmt: skip
 
@@ -37,14 +36,14 @@ def test_a_test_that_only_the_release_passes_is_a_regression(outcome: str | None
     if outcome is not None:
         patched[f"{B}::one"] = outcome
     with pytest.raises(RegressionError, match="1 of vLLM's tests pass as published") as caught:
-        judge("1", [A, B], run(GREEN), run(patched))
+        judge_upstream("1", [A, B], run(GREEN), run(patched))
     assert f"{B}::one" in str(caught.value)
 
 
 def test_what_the_series_cures_and_what_fails_in_both_is_shown() -> None:
     published = GREEN | {f"{A}::two[x]": "failed", f"{A}::three": "failed"}
     patched = published | {f"{A}::two[x]": "passed"}
-    assert judge("1", [A], run(published), run(patched))[A] == {
+    assert judge_upstream("1", [A], run(published), run(patched))[A] == {
         "failed": 1, "failed, then passed": 1, "passed": 1,
     }  # fmt: skip
 
@@ -62,11 +61,11 @@ def test_tests_that_did_not_run_are_undecided(
     published: TestRun, patched: TestRun, words: str
 ) -> None:
     with pytest.raises(ProofNotRunError, match=words):
-        judge("1", [A], published, patched)
+        judge_upstream("1", [A], published, patched)
 
 
 def test_rows_name_lines_of_the_matrix(root: Path) -> None:
-    assert all(read_tests(root, line) for line in ("0.22", "0.26", "0.33"))
+    assert all(read_upstream(root, line) for line in ("0.22", "0.26", "0.33"))
 
 
 @pytest.mark.parametrize(
@@ -78,10 +77,10 @@ def test_rows_name_lines_of_the_matrix(root: Path) -> None:
     ],
 )
 def test_invalid_rows_are_refused(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / ROWS).parent.mkdir(parents=True)
-    (tmp_path / ROWS).write_text(text)
+    (tmp_path / UPSTREAM_ROWS).parent.mkdir(parents=True)
+    (tmp_path / UPSTREAM_ROWS).write_text(text)
     with pytest.raises(UpstreamRowsError, match=words):
-        read_tests(tmp_path, "1")
+        read_upstream(tmp_path, "1")
 
 
 def test_committed_records_are_of_the_series_and_its_rows(root: Path) -> None:
@@ -92,4 +91,4 @@ def test_committed_records_are_of_the_series_and_its_rows(root: Path) -> None:
         lock = tomllib.loads((root / "patches/vllm" / path.stem / "lock.toml").read_text())
         trees = {"published": lock["base"], "patched": lock["result"]}
         assert record["trees"] == trees, f"run: patch upstream --line {path.stem}"
-        assert list(record["files"]) == read_tests(root, path.stem)
+        assert list(record["files"]) == read_upstream(root, path.stem)
