@@ -140,7 +140,6 @@ class Repository:
 
     def __init__(self, reference: Reference, *, ca: Path | None = None) -> None:
         self.reference = replace(reference, tag=None, digest=None)
-        self.ca = ca
         self.session = RegistrySession(reference.registry, reference.repository, ca)
         self._url = f"{self.session.base}/v2/{reference.repository}"
 
@@ -163,10 +162,9 @@ class Repository:
     def find(self, name: str) -> Manifest | None:
         """A manifest by digest or tag; None if there is none."""
         url = f"{self._url}/manifests/{name}"
-        answer = self._read(url, MANIFEST_BYTES, {"Accept": ACCEPTED})
-        if answer is None:
+        if (answer := self._read(url, MANIFEST_BYTES, {"Accept": ACCEPTED})) is None:
             return None
-        content, headers = answer
+        content, headers = answer.content, answer.headers
         digest = digest_of(content)
         said = headers.get("Docker-Content-Digest", digest)
         if said != digest or (DIGEST.fullmatch(name) and name != digest):
@@ -192,9 +190,9 @@ class Repository:
         url = f"{self._url}/blobs/{digest}"
         if (answer := self._read(url, limit)) is None:
             raise self._lie(f"blob {digest} is missing, and a manifest lists it", url)
-        if (actual := digest_of(answer[0])) != digest:
+        if (actual := digest_of(answer.content)) != digest:
             raise self._lie(f"blob {digest} is {actual}", url)
-        return answer[0]
+        return answer.content
 
     def stream_blobs(self, blobs: Sequence[Descriptor], folder: Path) -> None:
         """Download blobs to files named by the hex of their digest.
@@ -268,7 +266,7 @@ class Repository:
             if answer is None and url == first:
                 return None
             try:
-                page = parse_json(answer[0])[key] or [] if answer else {}  # null: of no rows
+                page = parse_json(answer.content)[key] or [] if answer else {}  # null: of no rows
                 if not isinstance(page, list):
                     raise TypeError(key)  # noqa: TRY301
             except (ValueError, LookupError, TypeError):
@@ -276,25 +274,24 @@ class Repository:
             rows += page
             if len(rows) > MOST_ROWS:
                 raise self._lie(f"{path} has more than {MOST_ROWS} rows", url)
-            links = requests.utils.parse_header_links(answer[1].get("Link", "") if answer else "")
-            following = [row["url"] for row in links if row.get("rel") == "next"]
-            if not following:
+            if answer is None or "next" not in answer.links:
                 return rows
-            url = self.session.follow(url, following[0])
+            url = self.session.follow(url, answer.links["next"]["url"])
             if not self.session.is_own(url):
                 raise self._lie(f"{path} goes on at another host", url)
         raise self._lie(f"{path} has more than {MOST_PAGES} pages", url)
 
     def _read(
         self, url: str, limit: int, headers: dict[str, str] | None = None
-    ) -> tuple[bytes, requests.structures.CaseInsensitiveDict[str]] | None:
-        """Body and headers; None for 404. A cut connection is tried again."""
-        for left in itertools.count(READ_TRIES - 1, -1):
-            with self._ask("GET", url, (200, 404), headers or {}) as answer:
+    ) -> requests.Response | None:
+        """An answer with its body; None for 404. A cut connection is tried again."""
+        for left in reversed(range(READ_TRIES)):
+            with self._ask("GET", url, (200, 404), headers) as answer:
                 if answer.status_code == requests.codes.not_found:
                     return None
                 try:
-                    return b"".join(body(answer, limit)), answer.headers
+                    answer._content = b"".join(body(answer, limit))
+                    return answer  # noqa: TRY300
                 except (requests.RequestException, HTTPError):
                     if not left:
                         raise
