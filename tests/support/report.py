@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.pages.status import RELEASES
 from vllm_forge.project import Project
-from vllm_forge.release.decision import SLSA_VERSION, VERIFIER, Decision, Detail, Resource, Verifier
-from vllm_forge.release.gate import Waiver
+from vllm_forge.release.gate import (
+    SLSA_VERSION,
+    VERIFIER,
+    Decision,
+    Detail,
+    Resource,
+    Verifier,
+    Waiver,
+)
 from vllm_forge.release.statements import VSA, Statement, Subject
 from vllm_forge.signing import load_private, sign
 

@@ -15,8 +15,8 @@ from vllm_forge.receipts import verification as checks
 from vllm_forge.receipts.receipt import Receipt, closest_margin
 from vllm_forge.receipts.suite import read_suite
 from vllm_forge.receipts.verification import NOT_RUN, Receipts, read_receipts
-from vllm_forge.release.decision import Decision
 from vllm_forge.release.errors import StatementContentError
+from vllm_forge.release.gate import Decision
 from vllm_forge.release.published import read_bundles
 from vllm_forge.release.verify import parse
 

@@ -5,12 +5,10 @@ with its reason, and hides none that does: whoever may write to a registry can a
 they like. What a stage requires and nobody signed is missing, and absence fails.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -25,19 +23,13 @@ from vllm_forge.signing.keyless import verify_keyless
 RECEIPT, DECISION = "receipt", "decision"
 
 
-class Kind(NamedTuple):
-    """What a predicate type is called here, and the role of keys that may sign it."""
-
-    name: str
-    role: Role
-
-
-KINDS = {
-    SBOM: Kind("sbom", "builder"),
-    PROVENANCE: Kind("provenance", "builder"),
-    TEST_RESULT: Kind(RECEIPT, "receipts"),
-    VEX: Kind("vex", "vex"),
-    VSA: Kind(DECISION, "release"),
+# Predicate type -> what it is called here, and the role of keys that may sign it.
+KINDS: dict[str, tuple[str, Role]] = {
+    SBOM: ("sbom", "builder"),
+    PROVENANCE: ("provenance", "builder"),
+    TEST_RESULT: (RECEIPT, "receipts"),
+    VEX: ("vex", "vex"),
+    VSA: (DECISION, "release"),
 }
 
 
@@ -105,7 +97,7 @@ def gather(attached: Sequence[Attached], digest: str, trust: Trust, now: datetim
     refused: list[tuple[str, ForgeError]] = []
     unrelated: set[str] = set()
     for item in attached:
-        name = KINDS[item.stated].name if item.stated in KINDS else item.stated
+        name = KINDS[item.stated][0] if item.stated in KINDS else item.stated
         try:
             if item.error is not None:
                 raise item.error
@@ -114,7 +106,7 @@ def gather(attached: Sequence[Attached], digest: str, trust: Trust, now: datetim
             if predicate_type not in KINDS:
                 unrelated.add(predicate_type)
                 continue
-            verified = trust.verify(content, KINDS[predicate_type].role, now)
+            verified = trust.verify(content, KINDS[predicate_type][1], now)
             _require_place(verified, name, item)
             _require_subject(verified, digest, item.where)
         except ForgeError as error:
@@ -135,7 +127,7 @@ def _peek(statement: bytes, name: str) -> tuple[str, str]:
     except (ValueError, LookupError, TypeError) as error:
         what = f"not a statement: {error!r}"
         raise errors.StatementContentError(what, remedy="get it again") from None
-    return predicate_type, KINDS[predicate_type].name if predicate_type in KINDS else name
+    return predicate_type, KINDS[predicate_type][0] if predicate_type in KINDS else name
 
 
 def bundle_name(content: bytes) -> str:
@@ -178,8 +170,3 @@ def _require_subject(verified: Verified, digest: str, where: str) -> None:
 def slsa_level(provenances: Sequence[Verified]) -> int:
     """SLSA build level that these signatures of provenance prove; level 2 needs hosted builders."""
     return 2 if provenances and all(row.hosted for row in provenances) else 1
-
-
-def content_of(row: Verified) -> str:
-    """SHA-256 of a statement, hex: a decision names it by that."""
-    return hashlib.sha256(row.content).hexdigest()

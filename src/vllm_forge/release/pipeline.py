@@ -18,10 +18,9 @@ from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.prewarm import Prewarm
 from vllm_forge.images.record import read_record
 from vllm_forge.images.rootfs import LOCKED, ROOTFS
-from vllm_forge.release.decision import make_decision
 from vllm_forge.release.errors import RequirementError
 from vllm_forge.release.evidence import RECEIPT, Evidence, Trust
-from vllm_forge.release.gate import Gate
+from vllm_forge.release.gate import Gate, make_decision
 from vllm_forge.release.mirror import push_layout
 from vllm_forge.release.published import from_registry
 from vllm_forge.release.referrers import attach

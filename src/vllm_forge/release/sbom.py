@@ -1,17 +1,60 @@
-"""Read SBOMs of images and compare them; ``components`` makes them."""
+"""Read SBOMs of images, compare them, and look their packages up; ``components`` makes them.
+
+Known vulnerabilities are those of an export of OSV that the user brings. osv.dev exports its
+records by ecosystem, a zip with a JSON file for each (PyPI/all.zip at
+osv-vulnerabilities.storage.googleapis.com). Nothing is downloaded here. Of Debian's packages an
+SBOM has the version that was built, and advisories have that of the source, which may be another:
+they are left to scanners, which read the SBOM, as are crates and libraries inside wheels.
+
+Sources: github.com/ossf/osv-schema, docs/schema.md, "Evaluation"; google.github.io/osv.dev/data.
+"""
 
 import base64
 import hashlib
+import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from packageurl import PackageURL
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from vllm_forge.host import open_plain, parse_json, printable
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.record import differences
 from vllm_forge.release.contents import EMBEDDED, VENDORED, image_contents
-from vllm_forge.release.errors import SbomError
+from vllm_forge.release.errors import OsvError, SbomError
 
+ECOSYSTEM, PURL_TYPE = "PyPI", "pypi"
+LARGEST = 16 << 20  # bytes of a record
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+# RuntimeError: a member is encrypted, or compressed in another way.
+UNREADABLE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, *MALFORMED)
 Document = dict[str, Any]
 Tables = tuple[dict[str, str], ...]
+
+
+class Vulnerability(NamedTuple):
+    """``ids``: that of the record, and its aliases; ``fixed``: versions, as far as known."""
+
+    package: str
+    version: str
+    ids: tuple[str, ...]
+    fixed: tuple[str, ...]
+
+
+@contextmanager
+def _valid() -> Iterator[None]:
+    """SbomError where a document is not an SBOM as ``make_sbom`` writes it."""
+    try:
+        yield
+    except MALFORMED as error:
+        remedy = "get the SBOM that was made with the image"
+        raise SbomError(f"invalid SBOM: {error!r}", remedy=remedy) from None
 
 
 def packages_of(document: Document) -> tuple[dict[str, str], dict[str, str]]:
@@ -22,26 +65,24 @@ def packages_of(document: Document) -> tuple[dict[str, str], dict[str, str]]:
     python: dict[str, str] = {}
     debian: dict[str, str] = {}
     tables = {"pkg:pypi/": python, "pkg:deb/debian/": debian}
-    try:
+    with _valid():
         if (document["bomFormat"], document["specVersion"]) != ("CycloneDX", "1.6"):
-            raise ValueError("it is not CycloneDX 1.6")  # noqa: TRY301
+            raise ValueError("it is not CycloneDX 1.6")
         for row in document["components"]:
             name, version, purl = str(row["name"]), row.get("version"), str(row.get("purl", ""))
             table = next((t for start, t in tables.items() if purl.startswith(start)), None)
             if table is None:
                 continue
             if name in table:
-                raise ValueError(f"{name} is listed twice")  # noqa: TRY301
+                raise ValueError(f"{name} is listed twice")
             table[name] = str(version)
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
-        remedy = "get the SBOM that was made with the image"
-        raise SbomError(f"invalid SBOM: {error!r}", remedy=remedy) from None
     return python, debian
 
 
 def diff(old: Document, new: Document) -> list[str]:
     """What was added, removed or changed, a sentence each: packages, their parts, patches."""
-    return _compare(_tables(old), _tables(new))
+    with _valid():
+        return _compare(_tables(old), _tables(new))
 
 
 def compare_contents(document: Document, layers: Sequence[LayerBlob]) -> list[str]:
@@ -91,3 +132,74 @@ def components_of(document: Document) -> Iterator[tuple[Document, str]]:
         yield row, ""
         for nested in row.get("components", ()):
             yield nested, row["name"]
+
+
+def find(document: Document, export: Path) -> tuple[list[Vulnerability], list[str]]:
+    """Vulnerabilities of an SBOM, and what was not checked; OsvError: not an export of PyPI."""
+    packages: dict[str, set[str]] = {}
+    others: Counter[str] = Counter()
+    with _valid():
+        for component, _ in components_of(document):
+            if "purl" in component:
+                purl = PackageURL.from_string(component["purl"])
+                if purl.type == PURL_TYPE:
+                    packages.setdefault(canonicalize_name(purl.name), set()).add(purl.version or "")
+                else:
+                    others[purl.type] += 1
+    known, empty = set(), True
+    try:
+        for name, row, record in _affected_rows(export):
+            empty = False
+            versions = packages.get(canonicalize_name(name), ())
+            if affected := [version for version in versions if _is_affected(version, row)]:
+                events = [event for item in row.get("ranges", ()) for event in item["events"]]
+                fixed = tuple(str(event["fixed"]) for event in events if "fixed" in event)
+                ids = (str(record["id"]), *map(str, record.get("aliases", ())))
+                known |= {Vulnerability(name, version, ids, fixed) for version in affected}
+        if empty:
+            raise ValueError(f"no record is about {ECOSYSTEM}")
+    except UNREADABLE as error:
+        what = f"not an export of OSV for {ECOSYSTEM}: {printable(str(error))}"
+        remedy = f"download {ECOSYSTEM}/all.zip again"
+        raise OsvError(what, where=str(export), remedy=remedy) from None
+    return sorted(known), [f"{count} packages of type {kind}" for kind, count in others.items()]
+
+
+def _affected_rows(export: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Package, row ``affected`` and record, of all records that were not withdrawn."""
+    with open_plain(export) as file, zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.file_size > LARGEST:
+                raise ValueError(f"{member.filename} has {member.file_size} bytes")
+            record = parse_json(archive.read(member))
+            for row in record.get("affected", ()) if "withdrawn" not in record else ():
+                package = row.get("package", {})
+                if package.get("ecosystem") == ECOSYSTEM:
+                    yield package["name"], row, record
+
+
+def _is_affected(version: str, row: dict[str, Any]) -> bool:
+    """Whether a version is listed, or in a range.
+
+    Also where versions cannot be compared: to be looked at is better than to be missed.
+    """
+    release = version.partition("+")[0]  # as advisories have it: of torch 2.11.0+cu130
+    try:
+        return release in row.get("versions", ()) or any(
+            item["type"] == "ECOSYSTEM" and _in_range(Version(release), item["events"])
+            for item in row.get("ranges", ())
+        )
+    except InvalidVersion:
+        return True
+
+
+def _in_range(version: Version, events: list[dict[str, str]]) -> bool:
+    """Whether it was introduced by this version, and has not ended since."""
+    pairs = [(kind, Version(value)) for event in events for kind, value in event.items()]
+    ends = [
+        end
+        for kind, end in pairs
+        if (kind == "fixed" and end <= version) or (kind == "last_affected" and end < version)
+    ]
+    starts = [start for kind, start in pairs if kind == "introduced" and start <= version]
+    return any(all(end < start for end in ends) for start in starts)

@@ -21,19 +21,10 @@ from vllm_forge.matrix.model import ReleasePolicy, Stage
 from vllm_forge.receipts.receipt import Statement as Receipt
 from vllm_forge.receipts.receipt import closest_margin
 from vllm_forge.release import errors
-from vllm_forge.release.decision import LEVEL, Decision, policy_of_stage, resource
-from vllm_forge.release.evidence import (
-    DECISION,
-    RECEIPT,
-    Evidence,
-    Trust,
-    content_of,
-    gather,
-    slsa_level,
-)
-from vllm_forge.release.gate import Waiver
+from vllm_forge.release.evidence import DECISION, RECEIPT, Evidence, Trust, gather, slsa_level
+from vllm_forge.release.gate import LEVEL, Decision, Waiver, policy_of_stage, resource
 from vllm_forge.release.published import UNREADABLE, Published, read_stack, work_folder
-from vllm_forge.release.sbom import compare_contents, packages_of
+from vllm_forge.release.sbom import compare_contents, find, packages_of
 from vllm_forge.release.statements import BUILDER, Provenance
 from vllm_forge.signing import Verified
 
@@ -165,8 +156,6 @@ class Verification:
 
     def _known(self, export: Path) -> None:
         """Known vulnerabilities, of which none is a finding; OsvError."""
-        from vllm_forge.release.osv import find  # noqa: PLC0415 - loads packageurl
-
         known, left = find(self.evidence.only("sbom").statement["predicate"], export)
         self.report.vulnerabilities = [row._asdict() for row in known]
         self.report.not_checked += [f"known vulnerabilities of {row}" for row in left]
@@ -228,7 +217,7 @@ class Verification:
         rows = [
             (parse(Receipt, name, row), row.signer)
             for row in self.evidence.signed(name)
-            if decided is None or content_of(row) in decided.statements
+            if decided is None or row.sha256 in decided.statements
         ]
         if not rows and waiver is not None:
             if waiver.expired(self.now):
@@ -294,7 +283,7 @@ class Verification:
 
     def _contradictions(self, decision: Decision) -> Iterator[str]:
         present = {
-            content_of(rows[0]): name
+            rows[0].sha256: name
             for name, statements in self.evidence.named.items()
             for rows in statements.values()
         }
@@ -309,7 +298,7 @@ class Verification:
         if decision.resource != resource(self.stack, self.published.digest):
             yield f"it is about {decision.resource}"
         signers = self.evidence.signers("provenance")
-        level = slsa_level([row for row in signers if content_of(row) in decision.statements])
+        level = slsa_level([row for row in signers if row.sha256 in decision.statements])
         proven = {f"{LEVEL}{number}" for number in range(level + 1)}
         if claimed := sorted(set(decision.levels) - proven):
             yield f"it claims {claimed[0]}; the signatures of its provenance prove level {level}"

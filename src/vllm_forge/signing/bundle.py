@@ -9,6 +9,7 @@ github.com/secure-systems-lab/dsse, protocol.md.
 """
 
 import base64
+import hashlib
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -79,6 +80,11 @@ class Verified:
     signer: str
     key_id: str = ""  # none: keyless
     hosted: bool = False
+
+    @property
+    def sha256(self) -> str:
+        """Of the statement, hex: a decision names it by that."""
+        return hashlib.sha256(self.content).hexdigest()
 
     @property
     def predicate_type(self) -> str:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.osv import export, record, since
-from vllm_forge.release import osv
-from vllm_forge.release.errors import OsvError
-from vllm_forge.release.osv import Vulnerability, find
+from vllm_forge.release import sbom
+from vllm_forge.release.errors import OsvError, SbomError
+from vllm_forge.release.sbom import Vulnerability, find
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,6 +109,13 @@ def test_record_that_cannot_be_unpacked_is_refused(tmp_path: Path, fault: str) -
 
 def test_oversized_record_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = export(tmp_path, record("torch"))
-    monkeypatch.setattr(osv, "LARGEST", 9)
+    monkeypatch.setattr(sbom, "LARGEST", 9)
     with pytest.raises(OsvError, match=r"has 1\d\d bytes"):
         find(DOCUMENT, path)
+
+
+@pytest.mark.parametrize("purl", ["pkg:", "torch", 7, None])
+def test_sbom_with_a_name_that_cannot_be_parsed_is_refused(tmp_path: Path, purl: Any) -> None:
+    document = {"components": [{"name": "torch", "components": [{"name": "x", "purl": purl}]}]}
+    with pytest.raises(SbomError, match="invalid SBOM"):
+        find(document, export(tmp_path, record("torch")))

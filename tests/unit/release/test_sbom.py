@@ -362,3 +362,23 @@ def test_document_of_another_form_is_refused(
     change(document)
     with pytest.raises(SbomError, match="invalid SBOM"):
         packages_of(document)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row.pop("version"),
+        lambda row: row.update(name={}),
+        lambda row: row.update(hashes=[7]),
+        lambda row: row.update(components=None),
+        lambda row: row.update(pedigree={"patches": [{"diff": {"text": {"content": 7}}}]}),
+    ],
+)
+def test_document_that_cannot_be_compared_is_refused(
+    document: dict[str, Any], change: Callable[[dict[str, Any]], object]
+) -> None:
+    """Also one that was signed by the right key."""
+    new = copy.deepcopy(document)
+    change(new["components"][0])
+    with pytest.raises(SbomError, match="invalid SBOM"):
+        diff(document, new)
