@@ -142,6 +142,21 @@ def test_links_of_shards_within_a_checkpoint_and_to_the_hub_cache_are_followed(
     assert Checkpoint.open(blobs).names == Checkpoint.open(original).names
 
 
+def test_links_in_a_circle_are_an_error(tmp_path: Path) -> None:
+    KINDS["loop"](tmp_path / "model")
+    with pytest.raises(CheckpointUnreadableError, match="cannot read the folder"):
+        inputs.open_model(tmp_path / "model")
+
+
+def test_index_with_a_name_in_two_forms_is_refused(files: dict[str, bytes]) -> None:
+    index = json.loads(files[INDEX])
+    index["weight_map"]["model.norm.weight"] = SHARD
+    for headers in ({}, files):
+        changed = {**headers, CONFIG: files[CONFIG], INDEX: json.dumps(index).encode()}
+        with pytest.raises(CheckpointUnreadableError, match="both with and without"):
+            inspect_files(changed)
+
+
 @pytest.mark.parametrize("name", ["a\x1b[31m.safetensors", "a\n.safetensors", b"\xff.safetensors"])
 def test_control_characters_in_a_file_name_are_refused(card: Path, name: str | bytes) -> None:
     shutil.copyfile(card / SHARD, card / os.fsdecode(name))
@@ -332,7 +347,7 @@ def test_answer_of_any_text_is_an_error(output: str) -> None:
         read_answers(output, "here", ["a"])
 
 
-@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "loop"])
 def test_conversations_of_any_kind_are_an_error(tmp_path: Path, kind: str) -> None:
     KINDS[kind](tmp_path / "x.jsonl")
     with pytest.raises(RecipeError):

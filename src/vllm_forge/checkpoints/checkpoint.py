@@ -116,8 +116,8 @@ class Folder(CheckpointSource):
                     what = f"{printable(item.name)} is a link to a file outside of the checkpoint"
                     raise self.error(what, "copy the file, or give the folder that it is in")
             self.sizes = {name: file.stat().st_size for name, file in self.files.items()}
-        except OSError as error:
-            what = f"cannot read the folder: {error.strerror}"
+        except (OSError, RuntimeError) as error:  # the latter: links in a circle
+            what = f"cannot read the folder: {getattr(error, 'strerror', 'links in a circle')}"
             raise CheckpointUnreadableError(what, where=str(self)[:SHOWN]) from None
 
     @property
@@ -125,10 +125,7 @@ class Folder(CheckpointSource):
         if (self.path / SIGN).exists():
             return f"it has {SIGN}"
         shards = [file.stat() for name, file in self.files.items() if name.endswith(SUFFIX)]
-        stored, size = (
-            sum(512 * shard.st_blocks for shard in shards),
-            sum(s.st_size for s in shards),
-        )
+        size, stored = (sum(s.st_size for s in shards), 512 * sum(s.st_blocks for s in shards))
         if not 0 < stored < size * LEAST_STORED:  # 0: the file system does not say
             return ""
         return f"{stored} of its {size} bytes are on disk"
@@ -376,4 +373,7 @@ def _weight_map(index: Mapping[str, Any], source: CheckpointSource) -> dict[str,
         for name, file in rows.items()
     ):
         raise source.error(f"{INDEX} has no weight_map of tensors to files of its own folder")
-    return {plain_name(name): shard for name, shard in rows.items()}
+    plain = {plain_name(name): shard for name, shard in rows.items()}
+    if len(plain) < len(rows):
+        raise source.error(f'{INDEX} has a name both with and without "model." in front')
+    return plain

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import struct
+from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -121,9 +123,9 @@ def _a_plain_layer(case: Case) -> None:
     case.config["quantization_config"]["ignore"].append(r"re:.*\.layers\.0\.ffn\.experts\..*")
 
 
-def _no_powers_of_two(case: Case) -> None:
+def _fp32_scales(value: float, case: Case) -> None:
     case.dtype("attn.wq_a.scale", "F32")
-    case.ones["F32"] = struct.pack("<f", 1.5)
+    case.ones["F32"] = struct.pack("<f", value)
 
 
 TWO = "num_nextn_predict_layers"
@@ -174,7 +176,10 @@ FORMS: dict[str, tuple[str, Callable[[Case], Any], tuple[str, str, str], str]] =
         "native-fp8-mxfp4", lambda case: case.dtype("attn.wq_a.scale", "F32"), (MTP, MTP, MTP), "",
     ),
     "FP32 scales that are not": (
-        "native-fp8-mxfp4", _no_powers_of_two, (NOT, NOT, NOT), "not powers of two",
+        "native-fp8-mxfp4", partial(_fp32_scales, 1.5), (NOT, NOT, NOT), "not powers of two",
+    ),
+    "FP32 scales that are infinite": (
+        "native-fp8-mxfp4", partial(_fp32_scales, inf), (NOT, NOT, NOT), "not powers of two",
     ),
     "a scale of the drafter is missing": (
         "native-fp8-mxfp4", lambda case: case.drop("mtp.0.attn.wq_a.scale"),

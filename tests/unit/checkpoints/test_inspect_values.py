@@ -151,9 +151,10 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_named(fault: str, made: Callable[..., Path], source: Path) -> None:
-    _, found = compare(profile_of(made(FAULTS[fault])), profile_of(source))
+    rows, found = compare(profile_of(made(FAULTS[fault])), profile_of(source))
     assert {f.effect for f in found} == {Effect.CORRUPTS}
     assert len(found) == 1
+    assert all(row.worst is not None and row.worst > 1 for row in rows if row.different)
 
 
 def test_global_scales_of_their_own_are_named(made: Callable[..., Path], source: Path) -> None:

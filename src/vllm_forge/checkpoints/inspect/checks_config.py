@@ -25,7 +25,7 @@ SHOWN = 80  # characters of what is there instead
 COMPRESSED = "compressed-tensors"
 NATIVE = {"fp8", "deepseek_v4_fp8"}
 BLOCK = 128
-SIGN_AND_MANTISSA = 0x807FFFFF  # of FP32
+SIGN_AND_MANTISSA, INFINITY = 0x807FFFFF, 0x7F800000  # of FP32
 FIRST = Version("0")
 IGNORE_READ = Version("0.33.0")
 # From each of these on, vLLM matches a config in another way; see matching.py.
@@ -141,7 +141,8 @@ def _native_scales(profile: Profile) -> Iterator[Finding]:
         blocks = tuple(-(-size // BLOCK) for size in profile.tensors[f"{module}.weight"].shape)
         # Another shape is reported by checks_tensors.shapes.
         if scale.shape == blocks and any(
-            (np.frombuffer(chunk, "<u4") & SIGN_AND_MANTISSA).any() for chunk in scale.chunks()
+            (words & SIGN_AND_MANTISSA).any() or (words == INFINITY).any()
+            for words in (np.frombuffer(chunk, "<u4") for chunk in scale.chunks())
         ):
             rounded.append(f"{module}.scale")
     yield from scoped("not-powers-of-two", rounded)

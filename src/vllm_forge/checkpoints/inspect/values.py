@@ -63,8 +63,7 @@ def compare(made: Profile, source: Profile, most: int = 0) -> tuple[list[ValueRo
             worst = None
         else:
             ratios = {module: _ratio(made, source, module, kind) for module in chosen}
-            # Not "ratio > 1": an error that is not a number is beyond any bound.
-            different = [module for module, ratio in ratios.items() if not ratio <= 1]
+            different = [module for module, ratio in ratios.items() if ratio > 1]
             worst = max(ratios.values())
         row = ValueRow(
             part=part, draft=draft, format=kind,
@@ -117,7 +116,8 @@ def _ratio(made: Profile, source: Profile, module: str, kind: Format) -> float:
     values, bound = _decode(made, module, kind, weight, weights)
     error = np.abs(values - weight)
     ratio = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
-    return float(ratio.max())
+    # An error that is not a number is beyond any bound.
+    return float(np.where(np.isnan(ratio), np.inf, ratio).max())
 
 
 def _shared(module: str) -> list[str]:

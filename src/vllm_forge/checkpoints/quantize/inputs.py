@@ -216,8 +216,9 @@ def read_conversations(path: Path, samples: int) -> list[Conversation]:
             _check(row)
     except FileNotFoundError:
         raise refused("the file of conversations does not exist") from None
-    except OSError as error:
-        raise refused(f"the file of conversations cannot be read: {error.strerror}") from None
+    except (OSError, RuntimeError) as error:  # the latter: links in a circle
+        why = getattr(error, "strerror", "links in a circle")
+        raise refused(f"the file of conversations cannot be read: {why}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"not a file of conversations: {type(error).__name__}: {error}"
         remedy = 'one JSON object per line: {"messages": [{"role": ..., "content": ...}, ...]}'
