@@ -18,7 +18,7 @@ from vllm_forge.release import errors
 from vllm_forge.release.published import Attached
 from vllm_forge.release.statements import PROVENANCE, SBOM, TEST_RESULT, VEX, VSA, Statement
 from vllm_forge.signing import Keyring, Role, Verified, bundle
-from vllm_forge.signing.keyless import verify_keyless
+from vllm_forge.signing.bundle import verify_keyless
 
 RECEIPT, DECISION = "receipt", "decision"
 

@@ -13,13 +13,13 @@ from tests.support.sigstore_services import IDENTITY, Sigstore, sigstore_service
 from tests.support.sigstore_services import ISSUER as GITHUB
 from vllm_forge.release.statements import PROVENANCE, Statement, Subject
 from vllm_forge.signing import Bundle, load_private, read, sign
+from vllm_forge.signing.bundle import sign_keyless, verify_keyless
 from vllm_forge.signing.errors import (
     IdentityError,
     KeylessError,
     SignatureInvalidError,
     UnknownSignerError,
 )
-from vllm_forge.signing.keyless import sign_keyless, verify_keyless
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
