@@ -51,7 +51,7 @@ from vllm_forge.proofs import prove as proving
 from vllm_forge.proofs.dry_load import dry_load, ready
 from vllm_forge.proofs.environment import ask_line
 from vllm_forge.proofs.prove import compare_upstream, prove
-from vllm_forge.release.contents import wheel_contents
+from vllm_forge.release.sbom import wheel_contents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

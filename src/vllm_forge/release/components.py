@@ -43,10 +43,9 @@ from vllm_forge.images.layout import Image
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import apply, read_series
 from vllm_forge.project import Project
-from vllm_forge.release import contents as reading
-from vllm_forge.release.contents import EMBEDDED, VENDORED, WheelContents
+from vllm_forge.release import sbom
 from vllm_forge.release.errors import SbomError
-from vllm_forge.release.sbom import Document, packages_of
+from vllm_forge.release.sbom import EMBEDDED, VENDORED, Document, WheelContents
 from vllm_forge.sources import LockedWheel
 from vllm_forge.sources.debian import DebianPackage
 
@@ -64,15 +63,15 @@ def make_sbom(project: Project, cell: ImageCell, image: Image, record: dict[str,
         SbomError: an SBOM inside a wheel cannot be read.
         HashMismatchError: a wheel in the cache is not the locked one.
     """
-    reading.require_own_image(project, cell, image, record)
+    sbom.require_own_image(project, cell, image, record)
     stack, lock = record["stack"], project.lock(cell.line_name)
-    contents = reading.wheel_contents(lock)
+    contents = sbom.wheel_contents(lock)
     wheels = {row.name: wheel_component(row, contents[row.name]) for row in lock.wheels}
     wheels[VLLM] = _patched_component(
         wheels[VLLM], stack["vllm"], stack["tree"], cell.line.series,
         read_series(project.root / cell.line.series),
     )  # fmt: skip
-    debs = {row.name: row for row in reading.locked_debs(project, cell, stack)}
+    debs = {row.name: row for row in sbom.locked_debs(project, cell, stack)}
     release = stack["debian"].get("base-files", "").partition("+")[0]  # e.g. 13.8
     rows = list(wheels.values())
     for name, version in stack["debian"].items():
@@ -85,7 +84,7 @@ def make_sbom(project: Project, cell: ImageCell, image: Image, record: dict[str,
     for name, sha256 in files.items():
         rows.append(_component(name, type=ComponentType.FILE, sha256=sha256))
     document = _document(cell, image, rows)
-    if packages_of(document) != (stack["packages"], stack["debian"]):
+    if sbom.packages_of(document) != (stack["packages"], stack["debian"]):
         what = "the SBOM has other packages than the image's stack.json"
         remedy = "build the image again; if it is the same, report it"
         raise SbomError(what, where=str(image.path), remedy=remedy)

@@ -33,9 +33,8 @@ from vllm_forge.patches import read_series, read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptKeyError
 from vllm_forge.receipts.receipt import Receipt
-from vllm_forge.release.contents import locked_debs, require_own_image
 from vllm_forge.release.errors import ProvenanceError, VexError
-from vllm_forge.release.sbom import Document
+from vllm_forge.release.sbom import Document, locked_debs, require_own_image
 from vllm_forge.signing import PrivateKey, wrap
 
 SBOM = "https://cyclonedx.org/bom"

@@ -29,7 +29,7 @@ from vllm_forge.errors import ForgeError
 from vllm_forge.host import RecordingRunner
 from vllm_forge.pages.notes import make_notes
 from vllm_forge.project import Project
-from vllm_forge.release import contents, statements
+from vllm_forge.release import sbom, statements
 from vllm_forge.release.errors import (
     DecisionError,
     GateRefusedError,
@@ -354,7 +354,7 @@ def test_full_disk_names_nothing_and_goes_on(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(contents, "wheel_contents", full)
+        patch.setattr(sbom, "wheel_contents", full)
         run(releases, "candidate")
     assert repository.tags() == ()
     assert run(releases, "candidate").names.fixed == "0.1.0-forge.1-alpha-rc1"

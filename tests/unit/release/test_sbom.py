@@ -26,11 +26,10 @@ from vllm_forge.host import cache_root, canonical
 from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.patches import read_series
-from vllm_forge.release import contents
+from vllm_forge.release import sbom
 from vllm_forge.release.components import make_sbom
-from vllm_forge.release.contents import WheelContents
 from vllm_forge.release.errors import SbomError
-from vllm_forge.release.sbom import compare_contents, diff, packages_of
+from vllm_forge.release.sbom import WheelContents, compare_contents, diff, packages_of
 from vllm_forge.sources import Lock, LockedWheel, Wheelhouse
 from vllm_forge.sources.debian import DebianPackage, write_base_lock
 from vllm_forge.sources.errors import HashMismatchError
@@ -228,7 +227,7 @@ def test_metadata_must_match_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes], said: str | None
 ) -> None:
     monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(contents, "LARGEST", 99)
+    monkeypatch.setattr(sbom, "LARGEST", 99)
     members = [Member(path=path, content=content) for path, content in files.items()]
     made = write_wheel(tmp_path / "x-1-py3-none-any.whl", "x", "1", members)
     content = made.read_bytes()
@@ -241,10 +240,10 @@ def test_metadata_must_match_the_lock(
     shutil.copy(made, target)
     lock = Lock(path=tmp_path, wheels=(wheel,), digest="0" * 64)
     if said is None:
-        assert contents.wheel_contents(lock) == {"x": WheelContents()}
+        assert sbom.wheel_contents(lock) == {"x": WheelContents()}
     else:
         with pytest.raises(SbomError, match=said):
-            contents.wheel_contents(lock)
+            sbom.wheel_contents(lock)
 
 
 def layers(built: Built) -> list[LayerBlob]:
