@@ -5,6 +5,8 @@ Commands have sessions of their own: nothing that they send to their process gro
 
 from __future__ import annotations
 
+import errno
+import multiprocessing.synchronize
 import os
 import shutil
 import signal
@@ -17,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_forge.host import Runner
-from vllm_forge.host.errors import CommandFailedError, CommandLimitError
+from vllm_forge.host import Runner, worker_pool
+from vllm_forge.host.errors import CommandFailedError, CommandLimitError, FileAccessError
 from vllm_forge.images.engines import Buildx, ContainerRun
 
 # A command of the program that runs SCRIPT in a worker thread, as builds do.
@@ -374,6 +376,15 @@ if __name__ == "__main__":
     cli.MODULES = [SimpleNamespace(register=lambda choices: command(choices, "work", work))]
     sys.exit(cli.main(["work"]))
 """
+
+
+def test_host_without_semaphores_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lock(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))  # of sem_open, without a name
+
+    monkeypatch.setattr(multiprocessing.synchronize, "Lock", lock)
+    with pytest.raises(FileAccessError, match="semaphores for processes: Read-only"), worker_pool():
+        pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -21,7 +21,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_forge.host.console import console
-from vllm_forge.host.errors import CommandFailedError, CommandLimitError, ToolMissingError
+from vllm_forge.host.errors import (
+    CommandFailedError,
+    CommandLimitError,
+    FileAccessError,
+    ToolMissingError,
+)
 from vllm_forge.host.files import MOST_BYTES, exclusive
 
 T = TypeVar("T")
@@ -185,9 +190,18 @@ def gpu_container(
 
 @contextlib.contextmanager
 def worker_pool(workers: int | None = None, nice: int = 0) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes; they end with this one, and at once where it is interrupted."""
+    """A pool of processes; they end with this one, and at once where it is interrupted.
+
+    FileAccessError: the host has no place for their semaphores.
+    """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, _start_worker, (os.getpid(), nice)) as pool:
+    try:
+        processes = ProcessPoolExecutor(workers, spawn, _start_worker, (os.getpid(), nice))
+    except OSError as error:
+        what = f"cannot make semaphores for processes: {error.strerror}"
+        remedy = "mount a tmpfs there that can be written"
+        raise FileAccessError(what, where="/dev/shm", remedy=remedy) from None  # noqa: S108 - a name
+    with processes as pool:
         try:
             yield pool
         except KeyboardInterrupt:

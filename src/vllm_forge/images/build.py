@@ -41,7 +41,7 @@ from vllm_forge.images.engines import BYTECODE
 from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layer_checks import judge_layers
 from vllm_forge.images.layout import ImageLayer
-from vllm_forge.images.plan import ImagePlan, require_processor, why_rebuild, with_packages
+from vllm_forge.images.plan import ImagePlan, require_host, why_rebuild, with_packages
 from vllm_forge.images.prewarm import SCRIPT, prewarm_layer
 from vllm_forge.images.record import differences, keep_digest
 from vllm_forge.images.rootfs import CURRENT
@@ -101,7 +101,7 @@ def build_image(plan: ImagePlan, runner: host.Runner) -> tuple[layout.Image, boo
     with host.exclusive(f"build-{plan.cell.name}", wait=False):
         if known := plan.up_to_date():
             return known, False
-        require_processor()
+        require_host()
         if plan.record_path.exists():  # else nothing can be up to date, and they come with wheels
             plan = with_packages(plan)
             if known := plan.up_to_date():  # once more on current packages

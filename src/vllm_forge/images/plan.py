@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_forge.host import cache_root, console, hash_of, require_disk
+from vllm_forge.host.errors import CacheError, FileAccessError
 from vllm_forge.images import bytecode, checks, cubins
 from vllm_forge.images.checks import (
     CHECK_ARGV,
@@ -37,6 +39,7 @@ from vllm_forge.sources import Lock, Wheelhouse
 from vllm_forge.sources.errors import DistributionNotFoundError, IndexUnreachableError
 from vllm_forge.sources.lock import UNPACK_RATIO
 
+SYNTAX = ',:$"\\'  # buildah's --output, overlay's lowerdir, storage.conf
 SYSTEM_BYTES = 3 * (1 << 30)  # rootfs tar, engine's copies, exported folder
 
 DRIVER_FUNCTIONS = "libcuda-functions.txt"  # beside the Dockerfile, which makes a stub of it
@@ -252,8 +255,22 @@ class ImagePlan:
         require_disk(cache_root(), fetch + write + SYSTEM_BYTES)
 
 
-def require_processor() -> None:
-    """EngineSetupError on another host than x86_64: wheels, packages and checks are for that."""
+def require_host() -> None:
+    """Refuse a host where a build would fail halfway.
+
+    EngineSetupError: not x86_64, which wheels, packages and checks are for; CacheError: engines
+    read a character of the cache's path as syntax; FileAccessError: TMPDIR cannot be used.
+    """
+    if found := sorted(set(SYNTAX) & set(str(cache_root()))):
+        what = (
+            f"the path of the cache has {' '.join(found)}, which container engines read as syntax"
+        )
+        remedy = "set VLLM_FORGE_CACHE to a folder without these characters"
+        raise CacheError(what, where=cache_root(), remedy=remedy)
+    scratch = os.environ.get("TMPDIR")
+    if scratch and not (Path(scratch).is_absolute() and os.access(scratch, os.W_OK | os.X_OK)):
+        what = "TMPDIR is not the absolute path of a folder that can be written"
+        raise FileAccessError(what, where=scratch, remedy="set it to one, or unset it")
     if (machine := platform.machine()) != "x86_64":
         what = f"images are built on x86_64, and this host is {machine}"
         remedy = "build on an x86_64 host, and move the image: docs/operate/build.md"

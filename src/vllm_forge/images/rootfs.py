@@ -27,6 +27,7 @@ from vllm_forge.host import (
     remove,
     which,
 )
+from vllm_forge.host.errors import CommandFailedError, FileAccessError
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import BaseImageError, LayoutError
 from vllm_forge.images.layer import TAR, LayerBlob, read_blocks
@@ -135,9 +136,14 @@ def bootstrap_argv(base: Base, hook: str, target: Path) -> list[str]:
 def make_rootfs(runner: Runner, base: Base, ref: BaseRef, work: Path) -> Path:
     """Make the rootfs with mmdebstrap; return a layout with it that is not compressed.
 
-    Raises CommandFailedError: e.g. no mirror answers; DistributionNotFoundError: a package is gone.
+    Raises CommandFailedError: e.g. no mirror answers; DistributionNotFoundError: a package is gone;
+    FileAccessError: it cannot run programs where it works.
     """
     tar, plain, lock = work / "rootfs.tar", work / "rootfs", ref.lock
+    scratch = os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - where mmdebstrap works
+    if os.statvfs(scratch).f_flag & os.ST_NOEXEC:
+        what = "mmdebstrap runs programs there, and it is mounted noexec"
+        raise FileAccessError(what, where=scratch, remedy="set TMPDIR to a folder of another disk")
     argv = bootstrap_argv(base, SCRUB, tar)
     if lock is None:
         argv += write_host_sources(runner, base.suite, work / "sources.list")
@@ -172,12 +178,13 @@ def _write_archive(base: Base, lock: debian.BaseLock, folder: Path) -> None:
     stanzas = []
     for package, file in zip(lock.packages, debian.verified_debs(lock), strict=True):
         link_or_copy(file, folder / file.name)
-        fields = subprocess.run(
-            ["dpkg-deb", "--field", str(file)], capture_output=True, text=True, check=True
-        ).stdout
-        stanzas.append(
-            f"{fields}Filename: ./{file.name}\nSize: {package.size}\nSHA256: {package.sha256}\n"
-        )
+        argv = ["dpkg-deb", "--field", str(file)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode:
+            what = f"dpkg-deb exited with {done.returncode}: {done.stderr.strip()}"
+            raise CommandFailedError(what, where=file, remedy="see its output above")
+        rows = f"Filename: ./{file.name}\nSize: {package.size}\nSHA256: {package.sha256}\n"
+        stanzas.append(f"{done.stdout}{rows}")
     packages = "\n".join(stanzas)
     (folder / "Packages").write_text(packages)
     digest = hashlib.sha256(packages.encode()).hexdigest()

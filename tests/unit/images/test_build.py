@@ -14,7 +14,7 @@ from tests.support.fast_build import FastEngine, fast_build, use
 from tests.support.project import Project, make_project
 from vllm_forge import host
 from vllm_forge.errors import ForgeError
-from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.host.errors import CacheError, CommandFailedError, FileAccessError
 from vllm_forge.host.files import file_digest
 from vllm_forge.images import layer_checks, layout
 from vllm_forge.images.errors import ImageCheckError, LayoutError
@@ -83,6 +83,25 @@ def red(*_: object) -> str:
 
 def damaged(*_: object) -> None:
     raise LayoutError("planted")
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:b", "$a", 'a"b', "a\\b"])
+def test_cache_that_engines_misread_is_refused_at_once(
+    mini: Project, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / name))
+    with pytest.raises(CacheError, match="read as syntax"):
+        fast_build(mini, "alpha")
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["locks"]
+
+
+@pytest.mark.parametrize("folder", ["/nonexistent", "relative", "/proc/version"])
+def test_unusable_tmpdir_is_refused_at_once(
+    mini: Project, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", folder)
+    with pytest.raises(FileAccessError, match="TMPDIR is not the absolute path"):
+        fast_build(mini, "alpha")
 
 
 @pytest.mark.parametrize("fault", ["image", "user", "image killed", "outside", "layout"])

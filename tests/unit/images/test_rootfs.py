@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from tests.support.fast_build import FastEngine, fast_build, lock_packages, tiny_deb, use
 from tests.support.project import Project as MiniProject
 from tests.support.project import make_project
+from vllm_forge.host.errors import CommandFailedError, FileAccessError
 from vllm_forge.host.files import file_digest
 from vllm_forge.images import plan as plan_module
 from vllm_forge.images import rootfs
@@ -140,6 +143,22 @@ def test_rootfs_is_compressed_beside_an_engine_that_reads_it_as_it_is(
     assert is_whole(kept)
 
 
+def test_place_where_no_program_runs_is_refused(
+    mini: MiniProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hardened /tmp, where mmdebstrap would fail after minutes with a list of packages."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    known = os.statvfs
+
+    def statvfs(path: str) -> object:
+        noexec = SimpleNamespace(f_flag=os.ST_NOEXEC)
+        return noexec if path == str(tmp_path) else known(path)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    with pytest.raises(FileAccessError, match="it is mounted noexec"):
+        fast_build(mini, "alpha")
+
+
 def test_locked_is_the_default_and_the_same_image(mini: MiniProject) -> None:
     digest = fast_build(mini, "alpha")[0].digest
     image, fresh = fast_build(mini, "alpha", base="locked")
@@ -235,3 +254,6 @@ def test_archive_has_what_dpkg_says_of_each_package(
     release = (tmp_path / "archive" / "Release").read_text()
     assert f" {digest} {len(text.encode())} Packages\n" in release
     assert "Codename: trixie\n" in release
+    monkeypatch.setenv("TMPDIR", "/nonexistent")  # dpkg-deb unpacks there
+    with pytest.raises(CommandFailedError, match="dpkg-deb exited with 2: "):
+        rootfs._write_archive(base, lock, tmp_path / "archive")
