@@ -8,8 +8,8 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -37,8 +37,8 @@ class Header(FrozenModel):
 
     format: Literal["bench-answers/1"] = "bench-answers/1"
     model: Text
-    license: Text = Field(description="of the workload's data")
     arm: Setup
+    license: Text = Field(description="of the workload's data")
 
 
 @dataclass
@@ -60,25 +60,6 @@ class Answers:
             raise InvalidResultError(what, where=self.path, remedy=remedy)
         os.truncate(self.path, size)
         self.kept = old.kept
-
-    @contextmanager
-    def append(self) -> Iterator[Callable[[Answer], None]]:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(self.path, flags, 0o644), "ab") as file:
-
-            def write(row: FrozenModel) -> None:
-                file.write(canonical(row.model_dump(mode="json")) + b"\n")
-                file.flush()
-
-            def keep(answer: Answer) -> None:
-                if answer.finish != "error":
-                    self.kept[answer.item, answer.repeat] = answer
-                    write(answer)
-
-            if os.fstat(file.fileno()).st_size == 0:
-                write(self.header)
-            yield keep
 
 
 def read_answers(path: Path, begun: Header | None = None) -> tuple[Answers, int]:
@@ -201,21 +182,13 @@ def _require_scorable(loaded: Loaded, output: Path, setup: Setup, order: int) ->
         require_sandbox()
 
 
-def _difference(old: Header, new: Header) -> str:
+def _difference(old: FrozenModel, new: FrozenModel, place: str = "") -> str:
     """The first part that differs, with both values."""
-    before, now = (
-        {
-            "model": header.model,
-            **dict(header.arm),
-            **{f"conditions.{key}": value for key, value in header.arm.conditions},
-            **{f"server.{key}": value for key, value in header.arm.server},
-            "license": header.license,
-        }
-        for header in (old, new)
-    )
-    parts = [name for name in now if name not in {"conditions", "server"}]
-    name = next(name for name in parts if before[name] != now[name])
-    return f"{name}: {before[name]!r}, now {now[name]!r}"
+    rows = zip(old, new, strict=True)
+    name, before, now = next((*one, other) for one, (_, other) in rows if one[1] != other)
+    if isinstance(before, FrozenModel):
+        return _difference(before, now, "" if name == "arm" else f"{name}.")
+    return f"{place}{name}: {before!r}, now {now!r}"
 
 
 def ask(url: str, prompts: Sequence[Prompt], answers: Answers) -> None:
@@ -225,15 +198,24 @@ def ask(url: str, prompts: Sequence[Prompt], answers: Answers) -> None:
         return
     read_counters(url)  # a server that does not answer is an error of its own
     console.print(f"  {len(prompts) - len(left)} of {len(prompts)} answers are here", style="dim")
-    advance = progress(len(left))
-    with answers.append() as keep:
+    advance, header = progress(len(left)), answers.header
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    answers.path.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(answers.path, flags, 0o644), "ab") as file:
 
-        def show(answer: Answer) -> None:
-            keep(answer)
+        def write(row: FrozenModel) -> None:
+            file.write(canonical(row.model_dump(mode="json")) + b"\n")
+            file.flush()
+
+        def keep(answer: Answer) -> None:
+            if answer.finish != "error":
+                answers.kept[answer.item, answer.repeat] = answer
+                write(answer)
             advance(answer)
 
-        header = answers.header
-        _, asked = ask_all(url, header.model, left, header.arm.conditions, show)
+        if os.fstat(file.fileno()).st_size == 0:
+            write(header)
+        _, asked = ask_all(url, header.model, left, header.arm.conditions, keep)
     if failed := sum(answer.finish == "error" for answer in asked):
         remedy = f"see the server's log, and run this again: {answers.path} has the others"
         raise InvalidResultError(f"{failed} failed requests", where=url, remedy=remedy)

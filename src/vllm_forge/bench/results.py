@@ -76,9 +76,8 @@ class Server(FrozenModel):
 
 
 # What arms may differ in where all of them say so; anything else is refused.
-Difference = Literal["gpus", "kernels"]
 Differences = Annotated[
-    tuple[Difference, ...],
+    tuple[Literal["gpus", "kernels"], ...],
     Field(description="what the arms differ in on purpose", exclude_if=lambda value: not value),
 ]
 

@@ -160,8 +160,7 @@ def run_plan(
         what = "the prompts are not those of the plan"
         remedy = "restore them, or make the plan again"
         raise SessionFileError(what, where=folder / plan.workload, remedy=remedy)
-    journal = _read_journal(output / JOURNAL, plan)
-    _require_no_failure(journal, output, retry=retry)
+    journal = _read_journal(output / JOURNAL, plan, retry=retry)
     probe, parts = probe or HostProbe(), _parts(plan, prompts, folder)
     run = Run(plan=plan, output=output, parts=parts, gpu=listed_gpus(probe)[0], probe=probe)
     (output / LOGS).mkdir(parents=True, exist_ok=True)
@@ -210,7 +209,7 @@ def _parts(plan: Plan, prompts: list[Prompt], folder: Path) -> list[list[Prompt]
     return [prompts[size * place : size * (place + 1)] for place in range(len(plan.conditions))]
 
 
-def _read_journal(path: Path, plan: Plan) -> Journal:
+def _read_journal(path: Path, plan: Plan, *, retry: bool) -> Journal:
     if not path.exists():
         return Journal(plan_sha256=plan.digest)
     remedy = "give another output folder"
@@ -224,16 +223,13 @@ def _read_journal(path: Path, plan: Plan) -> Journal:
         row.model_copy(update={"state": "interrupted"}) if row.state == "running" else row
         for row in journal.attempts
     )
-    return journal.model_copy(update={"attempts": attempts})
-
-
-def _require_no_failure(journal: Journal, output: Path, *, retry: bool) -> None:
-    last = {row.order: row for row in journal.attempts}
+    last = {row.order: row for row in attempts}
     if not retry and (failed := [row for row in last.values() if row.state == "failed"]):
         row = min(failed, key=lambda row: row.order)
         what = f"start {row.order} of arm {row.arm} failed before: {row.error}"
         remedy = "remove the cause and add --retry; the failed attempt stays in the file"
-        raise StartFailedError(what, where=output / JOURNAL, remedy=remedy)
+        raise StartFailedError(what, where=path, remedy=remedy)
+    return journal.model_copy(update={"attempts": attempts})
 
 
 def _attempt(journal: Journal, path: Path, order: int, run: Run) -> Journal:

@@ -91,7 +91,8 @@ def _window_faults(window: Window, rows: list[Row], conditions: Conditions) -> I
         yield "no tokens"
     yield from _time_faults(window.seconds, rows, conditions.concurrency)
     change = window.change
-    back = [name for name, count in change.items() if _least(count) < 0]
+    each = {**change, "per_position": min(change["per_position"], default=0)}
+    back = [name for name, count in each.items() if count < 0]
     if back:
         yield f"counters went backwards: {', '.join(back)}"
     if not conditions.prefix_cache and change["prefix_hits"] > 0:
@@ -137,10 +138,6 @@ def _draft_faults(window: Window, change: Mapping[str, Any], rows: list[Row]) ->
         actual = (drafts, change["draft_tokens"], *change["per_position"])
         if expected != actual:
             yield f"drafts, drafted, by position: {actual} counted, {expected} predicted"
-
-
-def _least(count: Any) -> int:
-    return min(count, default=0) if isinstance(count, tuple) else int(count)
 
 
 def require_distinct(*arms: Arm) -> None:
