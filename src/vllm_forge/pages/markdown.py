@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from vllm_forge.errors import UsageError
 
@@ -31,7 +32,7 @@ def terminal_table(head: Sequence[str], rows: Iterable[Sequence[str]], **setting
     for name in head:
         grid.add_column(name, overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))  # not markup
     return grid
 
 

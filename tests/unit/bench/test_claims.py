@@ -356,6 +356,16 @@ def test_another_card_is_judged_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["card.toml"]
 
 
+def test_words_of_a_card_are_printed_as_text(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    row = derived("1", "ratio", "1", "1", says="a [/b] [red]c")
+    (tmp_path / "card.json").write_text(json.dumps(rows(row)))
+    assert main(["bench", "claims", str(tmp_path / "card.json")]) == 0
+    assert "a [/b] [red]c" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [("card.md", "# A card", "card.md is not a list of claims"),
