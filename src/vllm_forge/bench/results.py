@@ -377,7 +377,7 @@ def parse_lines(content: bytes, parse: Callable[[Any], T]) -> list[T]:
     if (lines := content.count(b"\n")) > MOST_ROWS:
         raise ValueError(f"{lines} rows, at most {MOST_ROWS} are read")
     rows = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         try:
             if line.strip():
                 rows.append(parse(host.parse_json(line)))

@@ -20,7 +20,7 @@ from vllm_forge.bench.errors import (
     ResultFileError,
 )
 from vllm_forge.bench.gate import Word, gate
-from vllm_forge.bench.results import Row, read_arm
+from vllm_forge.bench.results import Row, parse_lines, read_arm
 from vllm_forge.bench.validity import intended, require_valid
 from vllm_forge.cli import main
 from vllm_forge.matrix import Gate
@@ -590,6 +590,13 @@ def test_rows_of_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n" * 1_000_001))
     with pytest.raises(ResultFileError, match="1000001 rows, at most 1000000 are read"):
         read_arm(path)
+
+
+def test_lines_are_those_that_are_counted() -> None:
+    """A lone carriage return would end a line that is not."""
+    assert parse_lines(b"1\r\n\r\n2", int) == [1, 2]
+    with pytest.raises(ValueError, match="line 1: Extra data"):
+        parse_lines(b"1\r2\r3", int)
 
 
 @pytest.mark.parametrize("fault", ["changed", "not-gzip", "two-members", "count", "start", "key"])
