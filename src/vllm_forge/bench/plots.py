@@ -96,7 +96,7 @@ def _forest(
 def _name_rows(axes: Axes, names: Sequence[str], label: str) -> None:
     axes.figure.set_figheight(1.2 + ROW_HEIGHT * len(names))  # type: ignore[union-attr]
     axes.set_yticks(range(len(names)), names)
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=label)
+    axes.set(ylim=(max(1, len(names)) - 0.5, -0.5), xlabel=label)
 
 
 @chart
@@ -150,7 +150,7 @@ def published(axes: Axes, rows: Sequence[tuple[str, float | None]]) -> None:
         else:
             axes.plot(ratio, place, color="#3b5b92", marker="o")
     axes.axvline(1, color="black", linewidth=0.8, zorder=0)
-    axes.set_xlim(0, max(2, *(1.1 * (ratio or 0) for _, ratio in rows)))
+    axes.set_xlim(0, max([2, *(1.1 * (ratio or 0) for _, ratio in rows)]))
     _name_rows(axes, [name for name, _ in rows], "measured over published tokens/s")
 
 

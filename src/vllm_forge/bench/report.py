@@ -50,7 +50,7 @@ def report(
               "first-tokens": plots.first_tokens(summaries)}  # fmt: skip
     if any(summary.positions for summary in summaries):
         charts["positions"] = plots.positions(summaries)
-    if any(row["gates"] for row in comparisons):
+    if any(one["interval"] for row in comparisons for one in row["gates"]):
         charts["verdicts"] = plots.verdicts(comparisons)
     if len({row["concurrency"] for row in comparisons}) > 1:
         charts["speed-up"] = plots.speed_up(comparisons)

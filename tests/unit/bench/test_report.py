@@ -267,6 +267,16 @@ def test_measured_is_held_against_published(
     assert plots.published(list(rows.items())).count(b"not run") == len(rows) - measured > 10
 
 
+def test_charts_of_nothing_are_drawn_or_left_out(tmp_path: Path) -> None:
+    """Without rows matplotlib has no axis; five prompts decide no acceptance."""
+    assert plots.published([]).startswith(b"<?xml")
+    paths = [write_result(tmp_path / f"{arm}.json", rows_of(orders[0], items=5, starts=5),
+                          orders=orders) for arm, orders in (("plain", A), ("mtp", B))]  # fmt: skip
+    document, charts = report(list(map(read_arm, paths)), {"acceptance": GATES["acceptance"]})
+    assert [gate["interval"] for gate in document["comparisons"][0]["gates"]] == [None]
+    assert "verdicts" not in charts
+
+
 def test_crossing_is_on_a_logarithmic_axis() -> None:
     assert _crossings([1, 4, 16], [1.5, 1.25, 0.75]) == [pytest.approx(8)]
     assert _crossings([1, 4], [1.5, 1.25]) == []
