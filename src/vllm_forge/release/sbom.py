@@ -46,6 +46,7 @@ from vllm_forge.sources.debian import DebianPackage, installed_packages, read_ba
 
 FORMAT = 1  # raise when WheelContents has other fields
 LARGEST = 16 << 20  # bytes of a file of metadata, or a record of OSV; no SBOM has over 0.4 MB
+MOST_METADATA = 64 << 20  # bytes of all of them; the wheels of all lines together have 4 MB
 METADATA = re.compile(r"(?:^|/)[^/]+\.dist-info/METADATA$")
 SBOMS = re.compile(r"(?:^|/)[^/]+\.dist-info/sboms/.*[^/]$")
 SITE = re.compile(r"^opt/venv/lib/python[\d.]+/site-packages/")
@@ -168,16 +169,19 @@ def image_contents(layers: Sequence[LayerBlob]) -> tuple[dict[str, str], ...]:
 
     Versions of Python and of Debian packages by name, names and versions of vendored distributions
     by path, hashes of SBOMs (SHA-256, hex) by path. Reads all layers, given lowest first: about a
-    minute for a full image. SbomError: one of these is not a file, or too large.
+    minute for a full image. SbomError: one of these is not a file, or too large, or all are.
     """
+    left = MOST_METADATA
 
     def read(path: str, info: tarfile.TarInfo, tar: tarfile.TarFile) -> bytes | None:
         if not (METADATA.search(path) or SBOMS.search(path) or path == STATUS):
             return None
+        nonlocal left
         file = tar.extractfile(info) if info.isreg() else None
-        if file is None or info.size > LARGEST:
-            what = f"/{path} is not a file of at most {LARGEST} bytes"
+        if file is None or info.size > (most := min(LARGEST, left)):
+            what = f"/{path} is not a file of at most {most} bytes"
             raise SbomError(what, remedy="build the image again")
+        left -= info.size
         return file.read()
 
     python, debian, vendored, sboms = {}, {}, {}, {}

@@ -254,6 +254,15 @@ def test_sbom_equals_the_bytes_of_the_image(built: Built, document: dict[str, An
     assert compare_contents(document, layers(built)) == []
 
 
+def test_metadata_of_a_stranger_is_read_in_part(
+    built: Built, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file of it is too large, and there is any number of them."""
+    monkeypatch.setattr(sbom, "MOST_METADATA", 700)
+    with pytest.raises(SbomError, match="is not a file of at most"):
+        compare_contents(document, layers(built))
+
+
 SITE = "opt/venv/lib/python3.13/site-packages"
 
 
