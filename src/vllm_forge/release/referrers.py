@@ -32,7 +32,7 @@ from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE
 EMPTY = "application/vnd.oci.empty.v1+json"
 CONTENT = "dev.sigstore.bundle.content"
 PREDICATE = "dev.sigstore.bundle.predicateType"
-MOST = 1000
+MOST, MOST_BYTES = 1000, 512 << 20  # that are attached to one image, and are kept in memory
 TRIES = 20
 OWN_TAG_HEX = 32  # of a manifest's digest, in its own tag
 
@@ -56,6 +56,13 @@ class Referrer:
     def artifact_type(self) -> str:
         return self.artifact.artifactType or self.artifact.config.mediaType
 
+    @property
+    def size(self) -> int:
+        """Bytes of the manifest, and of a bundle that may be read."""
+        layers = self.artifact.layers if self.artifact_type == MEDIA_TYPE else ()
+        blobs = sum(layer.size for layer in layers if layer.size <= LARGEST)
+        return len(self.manifest.content) + blobs
+
     def bundle(self, repository: Repository) -> bytes:
         """The Sigstore bundle; RegistryContentError if the manifest has not exactly one layer."""
         if len(layers := self.artifact.layers) != 1 or layers[0].size > LARGEST:
@@ -78,11 +85,17 @@ def referrers(repository: Repository, digest: str) -> tuple[Referrer, ...]:
     rows = (listed := _api(repository, digest) or []) + _fallback(repository, digest)
     rows += [] if listed else _missing(repository, digest, rows)
     names = list(filter(None, dict.fromkeys(map(_digest, rows))))
-    if len(names) > MOST:
-        what = f"more than {MOST} manifests are attached to {digest}"
+    excess, found, size = f"{MOST} manifests" if len(names) > MOST else "", [], 0
+    for row in (_referrer(repository, name, digest) for name in names if not excess):
+        if row is not None:
+            found.append(row)
+            size += row.size
+            excess = f"{MOST_BYTES} bytes" if size > MOST_BYTES else ""
+    if excess:
+        what = f"more than {excess} are attached to {digest}"
         remedy = "see who attaches them, and delete what is not needed"
         raise RegistryContentError(what, where=str(repository.reference), remedy=remedy)
-    return tuple(filter(None, (_referrer(repository, name, digest) for name in names)))
+    return tuple(found)
 
 
 def attach(repository: Repository, subject: Manifest, bundle: bytes, predicate_type: str) -> str:

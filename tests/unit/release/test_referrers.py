@@ -242,6 +242,19 @@ def test_number_of_referrers_has_a_bound(
         referrers(repository, subject.digest)
 
 
+def test_size_of_what_is_attached_has_a_bound(
+    repository: Repository, registry: RegistryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is kept in memory, and whoever may push can attach any number of bundles."""
+    subject = subject_of(repository)
+    for content in (b"1" * 5000, b"2" * 5000):
+        attach(repository, subject, content, SBOM)
+    monkeypatch.setattr(module, "MOST_BYTES", 9000)
+    with pytest.raises(RegistryContentError, match="more than 9000 bytes are attached"):
+        referrers(repository, subject.digest)
+    assert not registry.asked("GET", ".*/blobs/.*")
+
+
 def test_tag_that_is_not_a_list_is_refused(plain: RegistryServer) -> None:
     repository = open_repository(plain)
     subject = subject_of(repository)
