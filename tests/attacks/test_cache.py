@@ -45,11 +45,9 @@ from vllm_forge.images.layout import read_image, verify, write_image
 from vllm_forge.images.system import SYSTEM_NAME
 from vllm_forge.kernels.coverage.library import library_code
 from vllm_forge.project import Project as ForgeProject
-from vllm_forge.proofs import dry_load as loading
 from vllm_forge.proofs import environment
 from vllm_forge.proofs import prove as proving
-from vllm_forge.proofs.dry_load import dry_load, ready
-from vllm_forge.proofs.environment import ask_line
+from vllm_forge.proofs.environment import ask_line, dry_load, ready
 from vllm_forge.proofs.prove import compare_upstream, prove
 from vllm_forge.release.sbom import wheel_contents
 
@@ -486,7 +484,7 @@ def test_damaged_layer_is_not_used(
     monkeypatch.setattr(proving, "read_upstream", lambda *_: [])
     monkeypatch.setattr(images, "choose_engine", lambda *_: FastEngine())
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr(loading, "which", str)
+    monkeypatch.setattr(environment, "which", str)
     run = functools.partial(COMMANDS[command], ForgeProject(project.root))
     opens_system = command not in {"kernels coverage", "checkpoint inspect"}
     for pattern in (*LAYERS, "systems/*/root/bin/sh") if opens_system else LAYERS:

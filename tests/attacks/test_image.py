@@ -31,8 +31,7 @@ from vllm_forge.images.store import write_layer
 from vllm_forge.images.system import write_plain
 from vllm_forge.matrix.model import WheelFile
 from vllm_forge.project import Project
-from vllm_forge.proofs.dry_load import ARGV
-from vllm_forge.proofs.environment import PYTHON
+from vllm_forge.proofs.environment import LOAD_ARGV, PYTHON
 from vllm_forge.serve.command import ServeOptions, container_command, service_of
 from vllm_forge.serve.deployment import find_deployment
 
@@ -218,7 +217,7 @@ def test_dry_load_finds_its_modules_where_they_are_mounted(tmp_path: Path) -> No
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "main.py").touch()
     (tmp_path / PROGRAM).write_text("import inside.main")
-    argv = [word.replace("/mnt", str(tmp_path)) for word in ARGV]
+    argv = [word.replace("/mnt", str(tmp_path)) for word in LOAD_ARGV]
     argv[argv.index(PYTHON)] = sys.executable
     subprocess.run(argv, env={"PYTHONSAFEPATH": "1"}, check=True)
 

@@ -12,7 +12,7 @@ from vllm_forge.checkpoints.fixtures.full import make_recipe, write_full
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.host import Runner
 from vllm_forge.project import Project
-from vllm_forge.proofs.dry_load import NAME, dry_load, ready
+from vllm_forge.proofs.environment import NAME, dry_load, ready
 
 ROOT = Path(__file__).parents[2]
 ARTIFACT = "flash-nvfp4-fp8-mtp"

@@ -17,7 +17,7 @@ from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.host import Runner, write_json
 from vllm_forge.patches import read_dispositions
 from vllm_forge.project import Project
-from vllm_forge.proofs.dry_load import DISPOSITIONS, dry_load
+from vllm_forge.proofs.environment import DISPOSITIONS, dry_load
 
 VERDICTS = "records/verdicts.json"
 

@@ -81,7 +81,7 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.inspect.manifest import named, published_as
     from vllm_forge.checkpoints.inspect.page import show
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.proofs.dry_load import DISPOSITIONS, dry_loads
+    from vllm_forge.proofs.environment import DISPOSITIONS, dry_loads
 
     line, _ = project.line(args.line)
     names = project.lines(args.line)

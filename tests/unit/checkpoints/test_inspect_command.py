@@ -19,7 +19,7 @@ from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.matrix.errors import UnknownLineError
 from vllm_forge.project import Project
-from vllm_forge.proofs import dry_load as proof
+from vllm_forge.proofs import environment as proof
 
 if TYPE_CHECKING:
     from collections.abc import Callable
