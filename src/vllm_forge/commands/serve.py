@@ -1,6 +1,7 @@
 """Serve a preset, or print how; plan a cell, check a host, lint all presets."""
 
 import argparse
+import re
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import vllm_forge.serve.command as shell
 
 PLAN_WIDTH = 130
+OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")  # of Kubernetes
 
 
 def register(choices: parsers.Commands) -> None:
@@ -106,6 +108,8 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     for variable in args.env:
         if text := variables.doubt(variable.partition("=")[0]):
             console.print(text, markup=False)
+    if args.form == "k8s" and (options.gpu_ids or not OBJECT.fullmatch(options.name or "vllm")):
+        args.parser.error("--k8s: the scheduler chooses GPUs; a --name is of a-z, 0-9, '.' and '-'")
     cell = project.cell(args.sku, args.line)
     deployment = replace(
         find_deployment(project.matrix, cell, args.preset, args.artifact),

@@ -46,11 +46,20 @@ class Command:
     def text(self) -> str:
         """The command for a POSIX shell, one option a line."""
         start = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.env.items())]
-        start += [f'{name}="$(cat {shlex.quote(str(p))})"' for name, p in self.secrets.items()]
         argv = self.argv
         first = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
         head = " ".join([*start, shlex.join(argv[:first])])
+        for name, path in self.secrets.items():
+            head = f"{secret(name, shlex.quote(str(path)))} && {head}"
         return " \\\n    ".join([head, *map(shlex.quote, argv[first:])])
+
+
+def secret(name: str, path: str) -> str:
+    """Shell that exports a file's content, and fails without it.
+
+    vLLM serves everybody if its key is empty (0.26.0, entrypoints/openai/api_server.py:307).
+    """
+    return f'{name}="$(cat {path})" && export {name}="${{{name}:?empty}}"'
 
 
 class ServeOptions(FrozenModel):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vllm_forge.serve.command import Engine, Service, container_command
+from vllm_forge.serve.command import Engine, Service, container_command, secret
 
 FORMS = {"compose": "compose.yaml", "systemd": "systemd.service", "k8s": "k8s.yaml"}
 
@@ -21,7 +21,7 @@ def render(form: str, service: Service, engine: Engine) -> str:
     run = container_command(service.model_copy(update={"detach": False}), engine=engine)
     script = f"exec {shlex.join(run.argv)}"
     for name in service.secrets:  # a credential, systemd 247
-        script = f'{name}="$(cat "$CREDENTIALS_DIRECTORY/{name}")" {script}'
+        script = secret(name, f'"$CREDENTIALS_DIRECTORY/{name}"') + f" && {script}"
     template = Path(__file__).with_name("forms") / FORMS[form]
     return fill(template, s=service, engine=engine, script=script)
 

@@ -35,6 +35,7 @@ def service(*flags: str, env: tuple[str, ...] = (), **options: Any) -> Service:
 
 def test_compose_file_follows_the_schema_of_compose(tmp_path: Path) -> None:
     made = service(ODD, env=("HF_TOKEN", "A=b $c"), key=Path("/etc/key"), replica=2)
+    made = made.model_copy(update={"volumes": (*made.volumes, "/my $models:/model:ro")})
     text = render("compose", made, "docker")
     document = yaml.safe_load(text)
     path = tmp_path / "compose.yaml"
@@ -47,8 +48,10 @@ def test_compose_file_follows_the_schema_of_compose(tmp_path: Path) -> None:
     (device,) = row["deploy"]["resources"]["reservations"]["devices"]
     assert device["device_ids"] == ["4", "5", "6", "7"]
     assert "count" not in device
-    assert row["environment"] == ["HF_TOKEN", "A=b $$c", "VLLM_API_KEY"]
-    assert set(document["volumes"]) == {v.partition(":")[0] for v in row["volumes"]}
+    key = "VLLM_API_KEY=${VLLM_API_KEY:?see the second line of this file}"
+    assert row["environment"] == ["HF_TOKEN", "A=b $$c", key]
+    assert row["volumes"][-1] == "/my $$models:/model:ro"
+    assert set(document["volumes"]) == {v.partition(":")[0] for v in row["volumes"][:-1]}
     assert 'VLLM_API_KEY="$(cat /etc/key)" docker compose up' in text
 
 
@@ -58,6 +61,7 @@ def test_compose_takes_any_gpus_by_number() -> None:
     (device,) = row["deploy"]["resources"]["reservations"]["devices"]
     assert device["count"] == 4
     assert (row["ports"], row["ulimits"]["memlock"], row["init"]) == (["8000:8000"], -1, True)
+    assert row["environment"] == []
 
 
 def started(unit: str) -> list[str]:
@@ -77,15 +81,38 @@ def test_unit_runs_the_printed_command(engine: Any) -> None:
 
 
 def test_unit_reads_the_key_when_it_starts(tmp_path: Path) -> None:
-    path = tmp_path / "key"
+    path = tmp_path / "100% key"
     path.write_text("s3cret")
     unit = render("systemd", service(key=path), "docker")
     assert "s3cret" not in unit
-    assert f"LoadCredential=VLLM_API_KEY:{path}" in unit
-    (assignment, *argv) = started(unit)
-    assert assignment == "VLLM_API_KEY=$(cat $CREDENTIALS_DIRECTORY/VLLM_API_KEY)"
-    assert argv[0] == "exec"
+    assert f"LoadCredential=VLLM_API_KEY:{tmp_path}/100%% key" in unit
+    argv = started(unit)
+    assert argv[0] == "VLLM_API_KEY=$(cat $CREDENTIALS_DIRECTORY/VLLM_API_KEY)"
+    assert argv[argv.index("exec") + 1] == "docker"
     assert "--env=VLLM_API_KEY" in argv
+
+
+@pytest.mark.parametrize("content", ["s3cret\n", "", None])
+@pytest.mark.parametrize("form", ["print", "systemd"])
+def test_no_server_starts_without_its_key(form: str, content: str | None, tmp_path: Path) -> None:
+    """With an empty one, vLLM would serve everybody."""
+    path = tmp_path / "VLLM_API_KEY"
+    if content is not None:
+        path.write_text(content)
+    engine = tmp_path / "docker"
+    engine.write_text('#!/bin/sh\necho "started with $VLLM_API_KEY"\n')
+    engine.chmod(0o755)
+    made = service(key=path)
+    script = container_command(made).text()
+    if form == "systemd":
+        (line,) = re.findall(r"^ExecStart=/bin/sh -c (.*)$", render(form, made, "docker"), re.M)
+        script = json.loads(line.replace("%%", "%").replace("$$", "$"))
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    done = subprocess.run(
+        ["sh", "-c", script], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == ("started with s3cret\n" if content else "")
+    assert (done.returncode == 0) == bool(content)
 
 
 @pytest.mark.skipif(
@@ -101,25 +128,26 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 
 def test_deployment_of_kubernetes() -> None:
     """Its parts name each other."""
-    made = service(ODD, env=("HF_TOKEN", "A=b"), key=Path("/etc/key"))
+    made = service(ODD + "$$", env=("HF_TOKEN", "A=b $(PATH)"), key=Path("/etc/a key"))
     text = render("k8s", made, "docker")
     document = yaml.safe_load(text)
     assert schema_problems(document) == []
     template = document["spec"]["template"]
     assert document["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
     (container,) = template["spec"]["containers"]
-    assert [word.replace("$$(", "$(") for word in container["args"]] == list(made.command)
+    assert [word.replace("$$", "$") for word in container["args"]] == list(made.command)
     assert container["resources"] == {"limits": {"nvidia.com/gpu": 4}}
     volumes = {volume["name"] for volume in template["spec"]["volumes"]}
     assert volumes == {mount["name"] for mount in container["volumeMounts"]}
     assert container["volumeMounts"][0]["mountPath"] == "/dev/shm"
     names = {row["name"]: row for row in container["env"]}
-    assert names["A"]["value"] == "b"
+    assert names["A"]["value"] == "b $$(PATH)"  # Kubernetes replaces it, and halves dollars
     for name, key in (("HF_TOKEN", "HF_TOKEN"), ("VLLM_API_KEY", "key")):
         assert names[name]["valueFrom"]["secretKeyRef"]["key"] == key
     port = container["startupProbe"]["httpGet"]["port"]
     assert port == container["ports"][0]["containerPort"] == 8000
-    assert "kubectl create secret generic vllm-api-key --from-file=key=/etc/key" in text
+    (command,) = re.findall("^# (key=.*)$", text, re.M)
+    assert """key="$(cat '/etc/a key')" && printf %s "${key:?empty}" | kubectl create""" in command
 
 
 @pytest.mark.skipif(
@@ -167,6 +195,12 @@ def test_model_folder_is_mounted_read_only(tmp_path: Path) -> None:
     (mount,) = (m for m in spec["containers"][0]["volumeMounts"] if m["mountPath"] == "/model")
     (volume,) = (volume for volume in spec["volumes"] if volume["name"] == mount["name"])
     assert (mount["readOnly"], volume["hostPath"]["path"]) == (True, str(tmp_path))
+
+
+@pytest.mark.parametrize("option", ["--gpu-ids=0,1,2,3", "--name=My_Server", "--name=a."])
+def test_option_that_kubernetes_cannot_take_is_refused(option: str) -> None:
+    assert main(["serve", "--sku=b300", "--preset=mtp", "--k8s", option]) == 2
+    assert main(["serve", "--sku=b300", "--preset=mtp", "--k8s", "--name=a.b-1"]) == 0
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -384,7 +384,8 @@ def test_options_of_the_container(deployment: Deployment, tmp_path: Path) -> Non
     command = run(changed, port=9000, image="registry.example/vllm@" + DIGEST, name="blue",
                   key=key, detach=True)  # fmt: skip
     argv = words(command)
-    assert argv[0] == f"VLLM_API_KEY=$(cat '{key}')"
+    assert argv[:5] == [f"VLLM_API_KEY=$(cat '{key}')", "&&", "export",
+                        "VLLM_API_KEY=${VLLM_API_KEY:?empty}", "&&"]  # fmt: skip
     assert "--rm" not in argv
     wanted = {
         "--detach", "--restart=unless-stopped", "--name=blue", "--publish=9000:8000",
