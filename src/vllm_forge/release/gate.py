@@ -15,7 +15,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, ConfigDict, Field
+from pydantic import AwareDatetime, Field
 
 import vllm_forge
 from vllm_forge.errors import ForgeError, shortened, suggestion
@@ -39,6 +39,7 @@ from vllm_forge.release.errors import (
     WaiverError,
 )
 from vllm_forge.release.evidence import DECISION, Evidence, slsa_level
+from vllm_forge.release.statements import Record
 
 VERIFIER = "https://vllm-forge.dev/gate"
 SLSA_VERSION = "1.2"
@@ -82,10 +83,8 @@ class Detail(FrozenModel):
     waivers: tuple[Waiver, ...] = ()
 
 
-class Decision(FrozenModel):
+class Decision(Record):
     """The predicate; unknown fields are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     verifier: Verifier
     time: AwareDatetime = Field(alias="timeVerified")

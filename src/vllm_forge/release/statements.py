@@ -60,11 +60,13 @@ class Subject(FrozenModel):
     digest: dict[str, str] = Field(min_length=1)
 
 
-class _Record(FrozenModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+class Record(FrozenModel):
+    """A part of a statement, whose fields have other names there."""
+
+    model_config = ConfigDict(populate_by_name=True)
 
 
-class Statement(_Record):
+class Statement(Record):
     """An in-toto statement v1; ``predicate`` is as its type has it."""
 
     kind: Literal["https://in-toto.io/Statement/v1"] = Field(
@@ -93,7 +95,7 @@ def image_statement(
     return Statement(subject=(subject,), predicate_type=kind, predicate=predicate)
 
 
-class BuildOptions(_Record):
+class BuildOptions(Record):
     """Options of ``build``. ``prewarm``: hash of the set, which is not in the repository."""
 
     base: str
@@ -102,7 +104,7 @@ class BuildOptions(_Record):
     kernels: bool = False
 
 
-class External(_Record):
+class External(Record):
     """externalParameters: all that whoever started the build chose."""
 
     sku: str
@@ -114,13 +116,13 @@ class Dependency(Subject):
     uri: str | None = None
 
 
-class Definition(_Record):
+class Definition(Record):
     build_type: Literal["https://vllm-forge.dev/build/image/v1"] = Field(alias="buildType")
     external: External = Field(alias="externalParameters")
     dependencies: tuple[Dependency, ...] = Field(alias="resolvedDependencies")
 
 
-class Builder(_Record):
+class Builder(Record):
     """``machine``: keyed hash of the host's id, to distinguish the hosts of two builds."""
 
     id: str
@@ -128,18 +130,18 @@ class Builder(_Record):
     machine: str | None = Field(alias="vllmForge_machine", default=None)
 
 
-class Metadata(_Record):
+class Metadata(Record):
     """``finished``: when the newest layer was written."""
 
     finished: AwareDatetime = Field(alias="finishedOn")
 
 
-class Run(_Record):
+class Run(Record):
     builder: Builder
     metadata: Metadata
 
 
-class Provenance(_Record):
+class Provenance(Record):
     """The predicate of SLSA provenance v1; unknown fields, parameters among them, are refused."""
 
     definition: Definition = Field(alias="buildDefinition")
@@ -148,24 +150,22 @@ class Provenance(_Record):
     @property
     def commit(self) -> str:
         """Of this repository, hex."""
-        return self._digest(FORGE, "gitCommit")
+        return self._named(FORGE).digest.get("gitCommit", "")
 
     @property
     def source(self) -> str:
         """URI of this repository, empty where the builder's checkout names none."""
-        uris = (row.uri for row in self.definition.dependencies if row.name == FORGE)
-        return next(uris, None) or ""
+        return self._named(FORGE).uri or ""
 
     @property
     def tree(self) -> str:
         """Git tree of the patched vLLM, hex."""
-        return self._digest(PATCHED, "gitTree")
+        return self._named(PATCHED).digest.get("gitTree", "")
 
-    def _digest(self, name: str, kind: str) -> str:
-        rows = (
-            row.digest.get(kind, "") for row in self.definition.dependencies if row.name == name
-        )
-        return next(rows, "")
+    def _named(self, name: str) -> Dependency:
+        """The first dependency of this name; one without a digest where there is none."""
+        rows = (row for row in self.definition.dependencies if row.name == name)
+        return next(rows, Dependency.model_construct(name=name, digest={}))
 
 
 def make_provenance(
@@ -190,11 +190,7 @@ def make_provenance(
     provenance = Provenance(
         definition=Definition(
             build_type=BUILD_TYPE,
-            external=External(
-                sku=cell.sku_name,
-                line=cell.line_name,
-                options=_options(record),
-            ),
+            external=External(sku=cell.sku_name, line=cell.line_name, options=_options(record)),
             dependencies=tuple(_dependencies(project, cell, stack)),
         ),
         run=Run(
