@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import signal
 import struct
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -247,3 +250,37 @@ def test_code_is_taken_out() -> None:
     less = made.without(whole, lambda _, arch: arch == 120)
     assert read(less) == [("cubin", "100f")]
     assert len(less) == len(whole)
+
+
+def test_damaged_library_is_read_or_refused() -> None:
+    """Cut off, or with some other bytes; it ends soon, too."""
+    code: Any = {"cubin 100a": {"one": 2000, "two": 300}, "ptx 80": ["one"]}
+    whole = (made.kernel_library(code), made.cubin("100a", {"one": 2000}))
+    draw = random.Random(1)  # noqa: S311
+    signal.alarm(60)  # reading a section of zeros without an end
+    for number in range(3000):
+        damaged = bytearray(whole[number % 2])
+        for at in draw.sample(range(len(damaged)), number % 4):
+            damaged[at] = draw.choice([0, 1, 127, 255])
+        for at in range(40, 64):
+            damaged[at] = damaged[at] if draw.random() < 0.98 else draw.randrange(256)
+        cut = draw.randrange(len(damaged)) if number % 5 == 0 else len(damaged)
+        for read in (kernels, compiled_for):
+            with suppress(UnknownFatbinError, UnknownTargetError):
+                read(bytes(damaged[:cut]))
+    signal.alarm(0)
+
+
+def test_section_beyond_the_file_is_refused() -> None:
+    content = bytearray(made.kernel_library({"ptx 80": ["one"]}))
+    (table,) = struct.unpack_from("<Q", content, 0x28)
+    struct.pack_into("<QQ", content, table + 2 * 64 + 24, 1 << 40, 1 << 40)
+    with pytest.raises(UnknownFatbinError, match="not in the file"):
+        device_code(bytes(content))
+
+
+def test_payload_of_absurd_size_is_refused() -> None:
+    content = bytearray(made.kernel_library({"cubin 100a": {"one": 2000}}))
+    struct.pack_into("<Q", content, device_code(bytes(content))[0].header + 56, 1 << 40)
+    with pytest.raises(UnknownFatbinError, match="zstd-compressed"):
+        kernels(bytes(content))

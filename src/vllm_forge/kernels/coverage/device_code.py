@@ -22,6 +22,7 @@ the tens of thousands of cubins of an image, this reader seconds.
 import re
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from mmap import mmap
 from typing import Literal, Self, TypeAlias, cast
@@ -155,6 +156,16 @@ def is_elf(buffer: bytes | mmap) -> bool:
     return buffer[: len(ELF_MAGIC)] == ELF_MAGIC
 
 
+@contextmanager
+def readable_elf(name: str) -> Iterator[None]:
+    """Raise UnknownFatbinError for an ELF file that cannot be read in the block."""
+    try:
+        yield
+    except (struct.error, IndexError, OverflowError, ValueError) as error:
+        what, remedy = f"malformed ELF file: {error}", "download the library again"
+        raise UnknownFatbinError(what, where=name or "a library", remedy=remedy) from None
+
+
 def _section_rows(buffer: bytes | mmap) -> tuple[list[tuple[int, ...]], int]:
     start, _, _, _, _, entry, count, names = _HEADER.unpack_from(buffer, 0x28)
     if start == 0 or entry != _SECTION.size:
@@ -168,6 +179,8 @@ def _text(buffer: bytes | mmap, offset: int) -> str:
 
 def sections(buffer: bytes | mmap) -> list[Section]:
     rows, names = _section_rows(buffer)
+    if any(row[4] + row[5] > len(buffer) for row in rows if row[1] not in NO_BYTES):
+        raise ValueError("a section that is not in the file")
     return [
         Section(_text(buffer, rows[names][4] + row[0]), bool(row[2] & EXECUTABLE), row[4], row[5])
         for row in rows
@@ -196,7 +209,8 @@ def device_code(buffer: bytes | mmap, name: str = "") -> list[Code]:
     by the first eight bytes of a fatbin, and must be complete, else UnknownFatbinError.
     """
     codes: list[Code] = []
-    found = sections(buffer) if is_elf(buffer) else []
+    with readable_elf(name):
+        found = sections(buffer) if is_elf(buffer) else []
     for section in sorted(found, key=lambda section: section.offset):
         if section.executable:
             continue  # code that writes a fatbin has its first bytes as constants

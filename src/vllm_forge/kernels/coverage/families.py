@@ -291,7 +291,7 @@ def _knows(path: Path, target: str) -> bool:
 
 def _cubin_target(path: Path) -> Target | None:
     with library.mapped(path) as buffer:
-        return library.compiled_for(buffer)
+        return library.compiled_for(buffer, str(path))
 
 
 def best(code: Sequence[str], capability: Capability) -> tuple[CoverageVerdict, str]:

@@ -27,11 +27,13 @@ from vllm_forge.kernels.coverage.device_code import (
     device_code,
     functions,
     is_elf,
+    readable_elf,
     sections,
 )
 from vllm_forge.kernels.errors import UnknownFatbinError
 from vllm_forge.matrix import FrozenModel
 
+MOST_UNPACKED = 1 << 30  # bytes of a payload; the largest known have 1e8
 # Raise when the same file would get another record.
 FORMAT = 2
 ENTRY = 0x10  # STO_CUDA_ENTRY in st_other: a kernel, not a device function
@@ -97,10 +99,12 @@ def kernels(
         else:
             if not is_elf(payload):
                 raise _unreadable("a cubin that is not an ELF file", code, name)
-            stated = CUDA_ABI_FLAGS.unpack_from(payload, 48)[1]
+            with readable_elf(name):
+                stated = CUDA_ABI_FLAGS.unpack_from(payload, 48)[1]
+                symbols = list(functions(payload))
             if payload[8] == CUDA_ABI and stated != code.target.major * 10 + code.target.minor:
                 raise _unreadable(f"a cubin for sm_{stated}", code, name)
-            for symbol, other, size in functions(payload):
+            for symbol, other, size in symbols:
                 if other & ENTRY:
                     bodies[symbol].append(Body(kind="cubin", target=code.target, size=size))
     return dict(bodies)
@@ -115,12 +119,14 @@ def without_stubs(bodies: list[Body]) -> list[Body]:
     return [body for body in bodies if body.kind == "ptx" or body.size >= limit]
 
 
-def compiled_for(cubin: bytes | mmap.mmap) -> Target | None:
+def compiled_for(cubin: bytes | mmap.mmap, name: str = "") -> Target | None:
     """The ``-arch`` that ptxas noted in a cubin, e.g. ``sm_100f``; None without a note.
 
     A cubin's ELF flags hold the architecture without its suffix; only this note has it whole.
     """
-    for section in sections(cubin) if is_elf(cubin) else ():
+    with readable_elf(name):
+        found = sections(cubin) if is_elf(cubin) else []
+    for section in found:
         if section.name == TOOL_NOTE:
             note = bytes(cubin[section.offset : section.offset + section.size])
             if match := NOTED.search(note):
@@ -180,7 +186,7 @@ def _payload(
     packed = bytes(buffer[code.offset : code.offset + code.stored])
     if not code.compression:
         return packed
-    if code.compression != "zstd":
+    if code.compression != "zstd" or code.unpacked > MOST_UNPACKED:
         raise _unreadable(f"{code.compression}-compressed {code.kind}", code, name)
     try:
         payload = unpacker.decompress(packed, max_output_size=code.unpacked)
