@@ -119,7 +119,10 @@ def conditions_of(
     asked: Mapping[str, Any], workload: Path, concurrency: int, prompts_sha256: str,
     checkpoint: Path,
 ) -> Conditions:  # fmt: skip
-    """With what is ``asked``, by options or by a workload's row."""
+    """With what is ``asked``, by options or by a workload's row; UsageError."""
+    if not checkpoint.is_dir():  # without this, one that has no tokenizer
+        remedy = "give the folder of the served model: its tokenizer and template are hashed"
+        raise UsageError(f"checkpoint not found: {checkpoint}", remedy=remedy)
     return Conditions(
         workload=_name("workload", workload.stem),
         prompts_sha256=prompts_sha256,

@@ -254,6 +254,9 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     deployment, setup = arms.arm_of(project, HostProbe(), args, digest, asked)
     if not args.warm < len(prompts):
         args.parser.error(f"invalid --warm {args.warm}: the workload has {len(prompts)} prompts")
+    for folder in args.caches:  # in none, nothing would be compiled
+        if not folder.is_dir():
+            args.parser.error(f"invalid --caches: {folder} is not a directory")
     start, rows = measure.measure(
         args.url.rstrip("/"), deployment.artifact.repo, setup, prompts, warm=args.warm,
         order=args.order, caches=args.caches, probe=HostProbe(),

@@ -214,6 +214,21 @@ def test_command_binds_the_result_to_image_model_and_gpu(
     assert found.conditions.template_sha256 == arms.NONE
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--checkpoint", "checkpoint not found: "), ("--caches", "invalid --caches: ")],
+)
+def test_missing_folder_is_not_an_empty_one(
+    option: str, message: str, command: list[str], output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In which no tokenizer is, or nothing is compiled."""
+    with BenchServer() as server:
+        argv = [*command, f"{option}={output.parent}/none", f"--url={server.url}", "--warm=2"]
+        assert main(argv) == UsageError.exit_code
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
 class EngineProbe(StubProbe):
     """A host whose engine runs a container on a port."""
 
