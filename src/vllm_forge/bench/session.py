@@ -103,6 +103,8 @@ class Session(FrozenModel):
             raise ValueError("expected workload and max_tokens, or [quality] in their place")
         if self.crosscheck is not None and self.crosscheck.arm not in self.arm:
             raise ValueError(f"crosscheck: no arm {self.crosscheck.arm}")
+        if self.crosscheck is not None and self.quality is not None:
+            raise ValueError("crosscheck: expected none beside [quality], which measures no speed")
         return self
 
 

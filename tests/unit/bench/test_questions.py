@@ -183,6 +183,8 @@ def test_item_that_is_answered_twice_is_not_scored(
         ('workload = "own"', 'workload = "ownn"', "unknown workload 'ownn' (did you mean 'own'?)"),
         ('workload = "own"', 'workload = "random"', "random has no right answers"),
         ('"CC0"', '"CC0"\ncolour = 1', "colour"),
+        ("[arm.mtp]", '[crosscheck]\narm = "mtp"\ncommand = ["x"]\n[arm.mtp]',
+         "crosscheck: expected none beside [quality]"),
         ("[quality]", 'differs = "gpus"\n[quality]', "differs: Input should be a list"),
         ('sha256 = "', 'sha256 = "0', "quality.sha256"),
     ],
