@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from vllm_forge.bench.measure import (
     _predicted,
     add_start,
     client_rate,
+    count_compiled,
     measure,
     read_workload,
 )
@@ -470,6 +472,25 @@ def test_start_of_other_conditions_is_not_added(output: Path) -> None:
                               probe=StubProbe(GPUS))  # fmt: skip
     with pytest.raises(InvalidResultError, match="another conditions"):
         add_start(output, arm(concurrency=4), start, rows)
+
+
+def test_folder_that_disappears_hides_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compilers work in folders that they delete."""
+    for name in ("a", "gone"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    scan = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        assert count_compiled([tmp_path]) == 1
 
 
 def test_client_is_tested_against_a_null_server() -> None:
