@@ -153,6 +153,9 @@ def _input_folders(pairs: list[str], workloads: Path | None) -> dict[str, Path]:
         if not NAME.fullmatch(name) or not folder or not Path(folder).is_dir():
             what = f"invalid --checkpoint {pair!r}: expected NAME=DIR"
             raise UsageError(what, where=folder, remedy="give a name and an existing directory")
+        if f"checkpoints/{name}" in folders:
+            what = f"duplicate --checkpoint {name}"
+            raise UsageError(what, where=folder, remedy="give each checkpoint a name of its own")
         folders[f"checkpoints/{name}"] = Path(folder)
     if workloads is not None:
         if not workloads.is_dir():

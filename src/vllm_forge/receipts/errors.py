@@ -44,4 +44,4 @@ class ReceiptKeyError(ForgeError, exit_code=REFUSED):
 
 
 class ReceiptContradictedError(ForgeError, exit_code=RED):
-    """What ran is not what the oracle says."""
+    """The kernels that ran are not those that were recorded without a GPU."""

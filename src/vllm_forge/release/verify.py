@@ -180,7 +180,7 @@ class Verification:
                 f"provenance of {self.policy.builders} independent builders is required, and "
                 f"{count} signed it: {signers}",
                 remedy="build the commit on another machine, and attach its provenance there with "
-                "another key: nox -s release -- --stage candidate --key OTHER",
+                "another key: nox -s release -- SKU --stage candidate --key OTHER",
             )
 
     def _provenance(self, row: Verified) -> Provenance:

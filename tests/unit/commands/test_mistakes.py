@@ -167,6 +167,11 @@ MISTAKES: dict[str, tuple[list[str], type[ForgeError], list[str]]] = {
         UsageError,
         ["tiny=/nonexistent", "NAME=DIR"],
     ),
+    "checkpoint of one name twice": (
+        ["gpu", "kit", "h200", "--output=x", "--checkpoint=tiny=/usr", "--checkpoint=tiny=/etc"],
+        UsageError,
+        ["duplicate --checkpoint tiny", "/etc"],
+    ),
     "workloads that are not there": (
         ["gpu", "test", "h200", "--workloads=/nonexistent"],
         UsageError,
