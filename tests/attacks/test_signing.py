@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.support.keys import REVOKED, key_pair, trust
 from vllm_forge.errors import ForgeError
-from vllm_forge.release.statements import PROVENANCE, VSA, Statement, Subject
+from vllm_forge.release.statements import PROVENANCE, VSA
 from vllm_forge.signing import (
     FOLDER,
     Verified,
@@ -31,6 +31,7 @@ from vllm_forge.signing import (
     sign,
     verify,
 )
+from vllm_forge.signing.bundle import Statement, Subject
 from vllm_forge.signing.errors import (
     BundleError,
     KeyExpiredError,

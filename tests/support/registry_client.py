@@ -20,8 +20,7 @@ from vllm_forge.host import canonical
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import CONFIG, MANIFEST, Image, ImageLayer, write_image
 from vllm_forge.release.registry import Repository
-from vllm_forge.release.statements import Statement, Subject
-from vllm_forge.signing.bundle import MEDIA_TYPE, PAYLOAD_TYPE
+from vllm_forge.signing.bundle import MEDIA_TYPE, PAYLOAD_TYPE, Statement, Subject
 from vllm_forge.sources import index
 
 NAME = "forge/vllm"

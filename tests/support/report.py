@@ -19,8 +19,9 @@ from vllm_forge.release.gate import (
     Verifier,
     Waiver,
 )
-from vllm_forge.release.statements import VSA, Statement, Subject
+from vllm_forge.release.statements import VSA
 from vllm_forge.signing import load_private, sign
+from vllm_forge.signing.bundle import Statement, Subject
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from vllm_forge.bench.errors import ResultSignatureError
 from vllm_forge.bench.results import Arm, Result
-from vllm_forge.host import canonical, parse_json, read_plain, write_whole
+from vllm_forge.host import parse_json, read_plain, write_whole
 from vllm_forge.signing import Keyring, PrivateKey, Role, read, sign, verify
-from vllm_forge.signing.bundle import LARGEST, STATEMENT_TYPE
+from vllm_forge.signing.bundle import LARGEST, Statement, Subject
 
 PREDICATE_TYPE = "https://vllm-forge.dev/bench/v1"
 SUFFIX = ".sigstore.json"
@@ -57,11 +57,12 @@ def _statement(arm: Arm) -> bytes:
         what, remedy = "the record was changed while it was read", "run the same command again"
         raise ResultSignatureError(what, where=path, remedy=remedy)
     image = result.server.image.removeprefix("sha256:")
-    return canonical({
-        "_type": STATEMENT_TYPE,
-        "subject": [{"name": "image", "digest": {"sha256": image}},
-                    {"name": path.name, "digest": {"sha256": hashlib.sha256(content).hexdigest()}}],
-        "predicateType": PREDICATE_TYPE,
-        "predicate": {"arm": result.arm, "session": result.session, "gpu": result.server.gpu,
-                      "starts": len(result.starts)},
-    })  # fmt: skip
+    return Statement(
+        subject=(
+            Subject(name="image", digest={"sha256": image}),
+            Subject(name=path.name, digest={"sha256": hashlib.sha256(content).hexdigest()}),
+        ),
+        predicate_type=PREDICATE_TYPE,
+        predicate={"arm": result.arm, "session": result.session, "gpu": result.server.gpu,
+                   "starts": len(result.starts)},
+    ).content  # fmt: skip

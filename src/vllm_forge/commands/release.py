@@ -186,8 +186,7 @@ def sbom(project: Project, args: argparse.Namespace) -> None:
 
     def read(text: str) -> dict[str, Any]:
         evidence = _verification(project, args, text).gather()
-        document: dict[str, Any] = evidence.only("sbom").statement["predicate"]
-        return document
+        return evidence.only("sbom").statement.predicate
 
     if args.diff:
         print("\n".join(diff(read(args.diff), read(args.target))) or "no differences")

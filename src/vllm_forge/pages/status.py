@@ -78,7 +78,7 @@ def _add_waivers(project: Project, grid: Grid) -> Iterator[tuple[Path, ForgeErro
             time = datetime.fromisoformat(made)  # verified with the rest
             verified = signing.verify(bundle, keys, role="release", now=time)
             waivers = parse(Decision, "decision", verified).detail.waivers
-            place = cells[verified.statement["subject"][0]["name"]]
+            place = cells[verified.statement.subject[0].name]
             for state, waiver in [(grid[(*place, waiver.tier)], waiver) for waiver in waivers]:
                 state.word = "waived"
                 state.notes.append(f"until {waiver.until}: {waiver.reason}")

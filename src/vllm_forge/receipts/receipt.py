@@ -30,12 +30,12 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.signer import Signature
 
 from vllm_forge.errors import problems
-from vllm_forge.host import canonical, parse_json, printable, read_plain, write_whole
+from vllm_forge.host import parse_json, printable, read_plain, write_whole
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Text
 from vllm_forge.receipts import errors
 from vllm_forge.signing import FOLDER as KEYS
-from vllm_forge.signing import PAYLOAD_TYPE, Keyring, PrivateKey, TrustedKey, pae
+from vllm_forge.signing import PAYLOAD_TYPE, Keyring, PrivateKey, TrustedKey, bundle, pae
 from vllm_forge.signing.errors import UnknownSignerError
 
 DIGEST = "payloadSha256"
@@ -131,13 +131,12 @@ class Predicate(FrozenModel):
     detail: Detail = Field(alias="vllmForge")
 
 
-class Statement(FrozenModel):
-    kind: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
-    subject: tuple[Resource, Source]
+class Statement(bundle.Statement):
+    subject: tuple[Resource, Source]  # type: ignore[assignment]
     predicate_type: Literal["https://in-toto.io/attestation/test-result/v0.1"] = Field(
         alias="predicateType"
     )
-    predicate: Predicate
+    predicate: Predicate  # type: ignore[assignment]
 
     @property
     def detail(self) -> Detail:
@@ -157,11 +156,6 @@ class Statement(FrozenModel):
     def suite(self) -> str:
         """Hash of the tier; see receipts.suite."""
         return self.predicate.configuration[0].digest["sha256"]
-
-    @property
-    def content(self) -> bytes:
-        """Canonical bytes: what is signed."""
-        return canonical(self.model_dump(mode="json", by_alias=True))
 
     @property
     def file_name(self) -> str:
@@ -198,7 +192,7 @@ def make_statement(result: dict[str, Any]) -> Statement:
                 {"name": subject["name"], "digest": {"sha256": subject["sha256"]}},
                 {"name": SOURCE_NAME.format(plan["line"]), "digest": {"gitTree": plan["tree"]}},
             ],
-            "_type": "https://in-toto.io/Statement/v1",
+            "_type": bundle.STATEMENT_TYPE,
             "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
             "predicate": {
                 "result": "PASSED",

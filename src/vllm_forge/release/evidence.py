@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from pydantic import ValidationError
-
-from vllm_forge.errors import ForgeError, problems
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import parse_json, printable
 from vllm_forge.release import errors
 from vllm_forge.release.published import Attached
-from vllm_forge.release.statements import PROVENANCE, SBOM, TEST_RESULT, VEX, VSA, Statement
+from vllm_forge.release.statements import PROVENANCE, SBOM, TEST_RESULT, VEX, VSA
 from vllm_forge.signing import Keyring, Role, Verified, bundle
 from vllm_forge.signing.bundle import verify_keyless
 
@@ -141,24 +139,19 @@ def bundle_name(content: bytes) -> str:
 
 def _require_place(verified: Verified, name: str, item: Attached) -> None:
     """A provenance may be ``provenance-<key>``; other names, and annotations, are exact."""
-    if item.stated not in {verified.predicate_type, name} and not item.stated.startswith(
+    if item.stated not in {verified.statement.predicate_type, name} and not item.stated.startswith(
         f"{name}-"
     ):
         raise errors.StatementKindError(
             f"it is said to be {printable(item.stated)!r}, and its statement is of type "
-            f"{verified.predicate_type}",
+            f"{verified.statement.predicate_type}",
             where=item.where,
             remedy="somebody swapped two statements, or their names: get them again",
         )
 
 
 def _require_subject(verified: Verified, digest: str, where: str) -> None:
-    try:
-        statement = Statement.model_validate(verified.statement)
-    except ValidationError as error:
-        what = f"signed by {verified.signer}, and not a statement: {problems(error)[0]}"
-        raise errors.StatementContentError(what, where=where, remedy="get it again") from None
-    if not statement.has_subject(digest):
+    if not (statement := verified.statement).has_subject(digest):
         named = ", ".join(f"{k}:{v}" for row in statement.subject for k, v in row.digest.items())
         raise errors.StatementSubjectError(
             f"it is about another image: {printable(named)}, not {digest}",

@@ -146,7 +146,7 @@ def _upload(layout: Path, target: Reference, runner: Runner, ca: Path | None) ->
     destination = Repository(target, ca=ca)
     subject = destination.manifest(digest)
     for bundle, statement in zip(bundles.values(), statements, strict=True):
-        attach(destination, subject, bundle, str(statement["predicateType"]))
+        attach(destination, subject, bundle, statement.predicate_type)
     _finish(destination, target, digest, len(bundles))
     return digest
 

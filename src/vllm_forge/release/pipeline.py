@@ -29,7 +29,6 @@ from vllm_forge.release.statements import (
     SBOM,
     TEST_RESULT,
     VSA,
-    Statement,
     image_statement,
     make_provenance,
     make_vex,
@@ -38,7 +37,7 @@ from vllm_forge.release.statements import (
 from vllm_forge.release.tags import Names, choose_names, forms, require_free
 from vllm_forge.release.verify import Report, Verification
 from vllm_forge.signing import PrivateKey, Verified, sign
-from vllm_forge.signing.bundle import sign_keyless
+from vllm_forge.signing.bundle import Statement, sign_keyless
 
 
 @dataclass(frozen=True, kw_only=True)

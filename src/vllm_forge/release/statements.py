@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, ConfigDict, Field, model_validator
 
 import vllm_forge
-from vllm_forge.host import canonical, git, head_commit, read_data
+from vllm_forge.host import git, head_commit, read_data
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.layout import Image
 from vllm_forge.images.rootfs import CURRENT, LOCKED
@@ -36,6 +36,7 @@ from vllm_forge.receipts.receipt import Receipt
 from vllm_forge.release.errors import ProvenanceError, VexError
 from vllm_forge.release.sbom import Document, locked_debs, require_own_image
 from vllm_forge.signing import PrivateKey, wrap
+from vllm_forge.signing.bundle import Statement, Subject
 
 SBOM = "https://cyclonedx.org/bom"
 PROVENANCE = "https://slsa.dev/provenance/v1"
@@ -53,38 +54,10 @@ SCP = re.compile(r"^(?:[^@/]+@)?(?P<host>[^:/]+):(?P<path>[^/].*)$")  # git@host
 URL = re.compile(r"^(?P<scheme>https?|ssh|git)://(?:[^@/]*@)?(?P<rest>[^/].*)$")
 
 
-class Subject(FrozenModel):
-    """What a statement is about: an in-toto ResourceDescriptor."""
-
-    name: str
-    digest: dict[str, str] = Field(min_length=1)
-
-
 class Record(FrozenModel):
     """A part of a statement, whose fields have other names there."""
 
     model_config = ConfigDict(populate_by_name=True)
-
-
-class Statement(Record):
-    """An in-toto statement v1; ``predicate`` is as its type has it."""
-
-    kind: Literal["https://in-toto.io/Statement/v1"] = Field(
-        alias="_type", default="https://in-toto.io/Statement/v1"
-    )
-    subject: tuple[Subject, ...] = Field(min_length=1)
-    predicate_type: str = Field(alias="predicateType")
-    predicate: dict[str, Any]
-
-    @property
-    def content(self) -> bytes:
-        """Canonical bytes, to be signed."""
-        return canonical(self.model_dump(mode="json", by_alias=True))
-
-    def has_subject(self, digest: str) -> bool:
-        """Whether it is about the manifest ``sha256:<hex>``."""
-        algorithm, _, value = digest.partition(":")
-        return any(subject.digest.get(algorithm) == value for subject in self.subject)
 
 
 def image_statement(
@@ -112,7 +85,9 @@ class External(Record):
     options: BuildOptions
 
 
-class Dependency(Subject):
+class Dependency(Record):
+    name: str
+    digest: dict[str, str] = Field(min_length=1)
     uri: str | None = None
 
 

@@ -137,7 +137,7 @@ class Verification:
         self._same(f"its {what} is of another image", {k: facts[k] for k in stated}, stated)
 
     def _sbom(self) -> None:
-        python, debian = packages_of(self.evidence.only("sbom").statement["predicate"])
+        python, debian = packages_of(self.evidence.only("sbom").statement.predicate)
         for what, key, packages in (("Python", "packages", python), ("Debian", "debian", debian)):
             self._same(f"its sbom has other {what} packages", self.stack[key], packages)
             self.report.packages[what] = len(packages)
@@ -147,7 +147,7 @@ class Verification:
         with work_folder() as work:
             layers = self.published.fetch(self.published.image.layers, work)
             if self.evidence.named.get("sbom"):
-                document = self.evidence.only("sbom").statement["predicate"]
+                document = self.evidence.only("sbom").statement.predicate
                 try:
                     rows = compare_contents(document, [layer.blob for layer in layers])
                 except UNREADABLE as error:
@@ -156,7 +156,7 @@ class Verification:
 
     def _known(self, export: Path) -> None:
         """Known vulnerabilities, of which none is a finding; OsvError."""
-        known, left = find(self.evidence.only("sbom").statement["predicate"], export)
+        known, left = find(self.evidence.only("sbom").statement.predicate, export)
         self.report.vulnerabilities = [row._asdict() for row in known]
         self.report.not_checked += [f"known vulnerabilities of {row}" for row in left]
 
@@ -336,8 +336,8 @@ class Verification:
 def parse(model: type[Model], name: str, row: Verified) -> Model:
     """The predicate, or the receipt, of a verified statement; unknown fields are refused."""
     try:
-        data = row.statement if model is Receipt else row.statement["predicate"]
-        return model.model_validate_json(canonical(data))
+        content = row.content if model is Receipt else canonical(row.statement.predicate)
+        return model.model_validate_json(content)
     except ValidationError as error:
         what = f"{name}: signed by {row.signer}: {problems(error, model)[0]}"
         remedy = "an unknown field may change what is meant: verify with a newer vllm-forge"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from securesystemslib.dsse import Envelope
 
 from vllm_forge.errors import first_problem
@@ -28,7 +28,7 @@ from vllm_forge.signing.keys import Keyring, PrivateKey, Role, TrustedKey
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+STATEMENT_TYPE: Literal["https://in-toto.io/Statement/v1"] = "https://in-toto.io/Statement/v1"
 LARGEST = 64 << 20  # the SBOM of a full image is about 3 MB
 # What sigstore-python 4.5's parsers let through of damaged certificates and log entries.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
@@ -36,6 +36,36 @@ MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
 # (github.com/sigstore/fulcio, docs/oid-info.md, 1.3.6.1.4.1.57264.1.11).
 HOSTED = "github-hosted"
 PATTERN = re.compile(r"[*^$|\\()\[\]{}\s]")
+
+
+class Subject(FrozenModel):
+    """What a statement is about: an in-toto ResourceDescriptor, of which the digest counts."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = ""
+    digest: dict[str, str] = Field(min_length=1)
+
+
+class Statement(FrozenModel):
+    """An in-toto statement v1; ``predicate`` is as its type has it."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    kind: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type", default=STATEMENT_TYPE)
+    subject: tuple[Subject, ...] = Field(min_length=1)
+    predicate_type: str = Field(alias="predicateType")
+    predicate: dict[str, Any]
+
+    @property
+    def content(self) -> bytes:
+        """Canonical bytes, to be signed."""
+        return canonical(self.model_dump(mode="json", by_alias=True))
+
+    def has_subject(self, digest: str) -> bool:
+        """Whether it is about the manifest ``sha256:<hex>``."""
+        algorithm, _, value = digest.partition(":")
+        return any(subject.digest.get(algorithm) == value for subject in self.subject)
 
 
 class _PublicKey(FrozenModel):
@@ -84,7 +114,7 @@ class Verified:
     ``hosted``: by its certificate it was signed on a runner of the platform, not on one's own.
     """
 
-    statement: dict[str, Any]
+    statement: Statement
     content: bytes = field(repr=False)  # the statement's bytes
     signer: str
     key_id: str = ""  # none: keyless
@@ -94,10 +124,6 @@ class Verified:
     def sha256(self) -> str:
         """Of the statement, hex: a decision names it by that."""
         return hashlib.sha256(self.content).hexdigest()
-
-    @property
-    def predicate_type(self) -> str:
-        return str(self.statement["predicateType"])
 
 
 def pae(payload: bytes) -> bytes:
@@ -249,16 +275,15 @@ def _not_held(bundle: Bundle, why: str) -> errors.SignatureInvalidError:
     return errors.SignatureInvalidError(what, where=bundle.where, remedy=remedy)
 
 
-def parse_statement(bundle: Bundle) -> dict[str, Any]:
+def parse_statement(bundle: Bundle) -> Statement:
     """The in-toto statement v1 in a bundle whose signature was verified; BundleError."""
     try:
-        statement = parse_json(bundle.statement)
+        document = parse_json(bundle.statement)
+        statement = Statement.model_validate(document)
     except ValueError as error:
-        raise _invalid(bundle.where, f"its payload is not JSON: {error}") from None
-    fields = {"_type", "subject", "predicateType", "predicate"}
-    if not isinstance(statement, dict) or statement.get("_type") != STATEMENT_TYPE:
-        raise _invalid(bundle.where, f"its payload is not a statement of type {STATEMENT_TYPE}")
-    if differing := fields ^ statement.keys():
+        why = f"its payload is not a statement of type {STATEMENT_TYPE}: {first_problem(error)}"
+        raise _invalid(bundle.where, why) from None
+    if differing := document.keys() ^ {"_type", "subject", "predicateType", "predicate"}:
         raise _invalid(bundle.where, f"its statement lacks or adds {', '.join(sorted(differing))}")
     return statement
 

@@ -120,7 +120,9 @@ class TestSign:
         bundle = read(receipt_bundle(receipt))
         verified = verify(bundle, read_keyring(project.root), role="receipts", now=NOW)
         assert verified.content == receipt.statement.content
-        assert verified.predicate_type == "https://in-toto.io/attestation/test-result/v0.1"
+        assert (
+            verified.statement.predicate_type == "https://in-toto.io/attestation/test-result/v0.1"
+        )
         assert bundle.signature == receipt.signatures[0][1]
 
     def test_unsigned_receipt_is_not_a_bundle(self, project: Project) -> None:

@@ -22,12 +22,11 @@ from vllm_forge.release.errors import ProvenanceError
 from vllm_forge.release.statements import (
     VSA,
     Provenance,
-    Statement,
-    Subject,
     make_provenance,
     remote_uri,
 )
 from vllm_forge.signing import PrivateKey, load_private
+from vllm_forge.signing.bundle import Statement, Subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,8 +9,9 @@ import pytest
 from tests.support.built import Built, built_image
 from tests.support.fast_build import use
 from vllm_forge.release.errors import VexError
-from vllm_forge.release.statements import VEX, Statement, make_vex
+from vllm_forge.release.statements import VEX, make_vex
 from vllm_forge.release.statements import VEX_FILE as FILE
+from vllm_forge.signing.bundle import Statement
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

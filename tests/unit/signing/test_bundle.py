@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.keys import key_pair, trust
-from vllm_forge.release.statements import PROVENANCE, Statement, Subject
+from vllm_forge.release.statements import PROVENANCE
 from vllm_forge.signing import (
     Keyring,
     Verified,
@@ -21,6 +21,7 @@ from vllm_forge.signing import (
     sign,
     verify,
 )
+from vllm_forge.signing.bundle import Statement, Subject
 from vllm_forge.signing.errors import BundleError, KeyRoleError, UnknownSignerError
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def test_signed_statement_is_read_back(tmp_path: Path, kind: str) -> None:
     content = sign(STATEMENT.content, load_private(private))
     verified = check(content, Keyring(keys=(read_public(public),)))
     assert verified.content == STATEMENT.content
-    assert verified.predicate_type == PROVENANCE
-    assert Statement.model_validate(verified.statement) == STATEMENT
+    assert verified.statement.predicate_type == PROVENANCE
+    assert verified.statement == STATEMENT
     assert (verified.signer, len(verified.key_id)) == ("public.pem", 64)
     assert content == sign(STATEMENT.content, load_private(private))
 

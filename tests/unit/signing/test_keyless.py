@@ -11,9 +11,9 @@ import pytest
 from tests.support.keys import key_pair
 from tests.support.sigstore_services import IDENTITY, Sigstore, sigstore_services
 from tests.support.sigstore_services import ISSUER as GITHUB
-from vllm_forge.release.statements import PROVENANCE, Statement, Subject
+from vllm_forge.release.statements import PROVENANCE
 from vllm_forge.signing import Bundle, load_private, read, sign
-from vllm_forge.signing.bundle import sign_keyless, verify_keyless
+from vllm_forge.signing.bundle import Statement, Subject, sign_keyless, verify_keyless
 from vllm_forge.signing.errors import (
     IdentityError,
     KeylessError,

@@ -22,8 +22,9 @@ from tests.support.registry_client import push_image
 from tests.support.registry_server import RegistryServer
 from vllm_forge.release.referrers import attach
 from vllm_forge.release.registry import Reference, Repository
-from vllm_forge.release.statements import PROVENANCE, Statement, Subject
+from vllm_forge.release.statements import PROVENANCE
 from vllm_forge.signing import load_private, sign
+from vllm_forge.signing.bundle import Statement, Subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable
