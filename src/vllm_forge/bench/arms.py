@@ -27,7 +27,7 @@ from vllm_forge.bench.session import (
 )
 from vllm_forge.bench.workloads import Loaded, Source, lines, load
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Probe, Reply, parse_json, read_plain
+from vllm_forge.host import Probe, Reply, hash_of, parse_json, read_plain
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.layout import hex_digest, read_image
 from vllm_forge.images.prewarm import FOLDERS
@@ -225,8 +225,8 @@ def _container(
 ) -> Launch:  # fmt: skip
     """A server's container as `serve` starts it, with ``caches`` as its cache."""
     name, chosen = f"vllm-forge-bench-{arm}", running_engine(probe, engine)
-    env = tuple(f"{key}={value}" for key, value in session.arm[arm].env.items())
-    deployment = replace(deployment, env=env)
+    variables = session.arm[arm].env
+    deployment = replace(deployment, env=tuple(f"{k}={v}" for k, v in variables.items()))
     gpu_ids = choose_gpus(probe, deployment, 1)
     options = ServeOptions(port=session.port, name=name, gpu_ids=gpu_ids)
     service = service_of(deployment, options, digest=subject["image"])
@@ -234,12 +234,13 @@ def _container(
     command = container_command(service.model_copy(update={"volumes": volumes}), engine=chosen)
     return Launch(
         argv=command.argv, env=command.env, remove=(chosen, "rm", "--force", name),
-        model=deployment.artifact.repo, server=_server(deployment, subject),
+        model=deployment.artifact.repo,
+        server=_server(deployment, subject, env_sha256=_digest(variables)),
     )  # fmt: skip
 
 
 def _server(deployment: Deployment, subject: Mapping[str, str], **facts: Any) -> Server:
-    """``facts``: of the GPU, where it is known."""
+    """``facts``: of the GPU, where it is known, and others."""
     known = {"gpu": UNKNOWN, "driver": UNKNOWN, **subject, **facts}
     argv, gpus = bare_command(deployment).argv, deployment.spread.gpus
     return Server(artifact=deployment.artifact_name, argv=argv, gpus=gpus, **known)
@@ -256,6 +257,7 @@ def _command(
     server = Server(
         **subject, artifact=row.artifact or row.model, argv=row.command, gpu=UNKNOWN,
         gpus=flags.parallel(row.command).gpus, driver=UNKNOWN, claimed=claimed,
+        env_sha256=_digest(row.env),
     )  # fmt: skip
     return Launch(argv=row.command, env={**variables, **row.env}, model=row.model, server=server)
 
@@ -344,6 +346,11 @@ def _name(option: str, text: str) -> str:
     except ValidationError:
         what = f"invalid {option} {text!r}: expected lower-case letters, digits, '.', '_' and '-'"
         raise UsageError(what, remedy="give another name") from None
+
+
+def _digest(variables: Mapping[str, str]) -> str | None:
+    """Of their values, too, which may be secret."""
+    return hash_of(variables, sort_keys=True) if variables else None
 
 
 def _hash(path: Path) -> str:

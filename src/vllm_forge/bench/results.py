@@ -64,6 +64,10 @@ class Server(FrozenModel):
     gpu: Text
     gpus: Least
     driver: Text
+    env_sha256: Hash | None = Field(
+        default=None, exclude_if=lambda value: value is None,
+        description="of the variables that a session sets: they may select kernels, too",
+    )  # fmt: skip
     claimed: Flag = Field(
         default=False, exclude_if=lambda value: not value,
         description="the image is the one that was built here; which one answered was not seen",

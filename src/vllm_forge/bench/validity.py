@@ -151,9 +151,9 @@ def require_distinct(*arms: Arm) -> None:
 
 def require_same_server(reference: Arm, repeat: Arm) -> None:
     """InvalidResultError unless both measured one image, model and command."""
-    first, second = (arm.result.server.model_dump() for arm in (reference, repeat))
-    for key in ("image", "artifact", "argv"):
-        if first[key] != second[key]:
+    first, second = reference.result.server, repeat.result.server
+    for key in ("image", "artifact", "argv", "env_sha256"):
+        if getattr(first, key) != getattr(second, key):
             raise InvalidResultError(
                 f"--repeat is not the reference: its {key} is another one",
                 where=f"{reference.path}, {repeat.path}",

@@ -483,7 +483,12 @@ def test_one_measurement_is_not_compared_with_itself(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("image", "sha256:" + "3" * 64), ("artifact", "other"), ("argv", ["vllm", "serve", "-x"])],
+    [
+        ("image", "sha256:" + "3" * 64),
+        ("artifact", "other"),
+        ("argv", ["vllm", "serve", "-x"]),
+        ("env_sha256", "0" * 64),
+    ],
 )
 def test_repeat_of_another_server_is_refused(
     key: str, value: object, reference: tuple[Path, Path], tmp_path: Path

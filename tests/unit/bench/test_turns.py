@@ -392,6 +392,8 @@ def test_presets_are_started_as_serve_does(host: Path, root: Path, tmp_path: Pat
     assert any(word.endswith("@sha256:" + "3" * 64) for word in launch.argv)
     assert launch.remove == ("docker", "rm", "--force", name)
     assert launch.server.image == "sha256:" + "3" * 64
+    assert launch.server.env_sha256 == hashlib.sha256(b'{"VLLM_X": "1"}').hexdigest()
+    assert "env_sha256" not in plan.arms["plain"].server.model_dump()
     assert any("num_speculative_tokens" in word for word in launch.server.argv)
     assert launch.server.gpus == 4
 
