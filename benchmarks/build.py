@@ -50,7 +50,7 @@ if __name__ == "__main__":
     engine = choose_engine("buildah", dry_run=True)
     options = BuildOptions(output=Path("unused"))
     plan = resolve(project, project.cell(*sys.argv[1:]), options, engine)
-    write_layers(plan.cell, plan.groups, lambda: patched_wheel(plan.project, plan.cell))
+    write_layers(plan, lambda: patched_wheel(plan.project, plan.cell))
 """
 
 

@@ -17,6 +17,7 @@ def register(choices: Commands) -> None:
     other.add_argument("--tools", action="store_true", help="the quantization tools' lock instead")
     other.add_argument("--base", action="store_true", help="the image's Debian packages instead")
     command(wheels, "fetch", fetch, LINE)
+    command(wheels, "record", record, LINE)
     one = command(wheels, "patched", patched, LINE)
     one.add_argument("--output", type=Path, help="folder (default: dist/wheels)")
 
@@ -56,6 +57,16 @@ def fetch(project: Project, args: argparse.Namespace) -> None:
     wheels = project.lock(name).wheels
     with report(f"fetch {len(wheels)} wheels of line {name}"):
         Wheelhouse().fetch(wheels)
+
+
+def record(project: Project, args: argparse.Namespace) -> None:
+    """Record hashes of a line's layers that are in the cache, so that builds compute fewer."""
+    from vllm_forge.images.wheel_layers import record_layers
+
+    name, _ = project.line(args.line)
+    with report(f"record the layers of line {name}"):
+        path = record_layers(project, name)
+    print(path)
 
 
 def patched(project: Project, args: argparse.Namespace) -> None:

@@ -129,7 +129,7 @@ def build_steps(plan: ImagePlan, runner: host.Runner) -> None:
         wheel = runner.act(
             f"fetch {len(plan.lock.wheels)} wheels of {cell.line.lock}, write "
             f"{len(plan.groups)} layers, apply the series, write the patched wheel",
-            lambda: write_layers(cell, plan.groups, lambda: patched_wheel(plan.project, cell)),
+            lambda: write_layers(plan, lambda: patched_wheel(plan.project, cell)),
         )
         plan = system_job.result()
     if plan.carries:

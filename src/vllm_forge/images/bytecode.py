@@ -61,7 +61,7 @@ def bytecode_layer(key: str, tar: Path, epoch: int) -> StoredLayer:
     Raises ForeignFileError: the tar has something else, or too much.
     """
 
-    def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
+    def write(folder: Path, _: object) -> tuple[LayerBlob, dict[str, Any]]:
         with open_plain(tar) as file, ZstdLayerWriter(folder, epoch) as layer:
             size = tar.stat().st_size
             if size > MOST:

@@ -44,7 +44,7 @@ def kernel_layer(plan: ImagePlan) -> tuple[StoredLayer, dict[str, str]]:
     tops, others = ({row.path.partition("/")[0] for row in rows} for rows in (carried, known))
     others = {"flashinfer", *others} - tops
 
-    def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
+    def write(folder: Path, _: object) -> tuple[LayerBlob, dict[str, Any]]:
         files = {
             f"{PLACE}/{row.path}/{path}": (row.folder / path, sha256)
             for row in carried

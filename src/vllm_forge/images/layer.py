@@ -13,7 +13,6 @@ Files that are not as a wheel holds them (device code left out, see ``store``) m
 compressed. They go into a tar of one zstd frame, made by the zstd of the pinned ``zstandard``.
 """
 
-import gzip
 import hashlib
 import io
 import os
@@ -21,7 +20,6 @@ import posixpath
 import struct
 import tarfile
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from pathlib import Path
 from typing import IO, Self, TypeVar, cast
 
 import zstandard
-from isal import isal_zlib
+from isal import igzip, isal_zlib
 
 from vllm_forge.host import READ_ONLY
 
@@ -64,7 +62,7 @@ class LayerBlob:
 
 def plain_tar(layer: LayerBlob) -> io.BufferedIOBase:
     """The tar inside, to be read once."""
-    opener = gzip.open if layer.media_type == GZIP else zstandard.open
+    opener = igzip.open if layer.media_type == GZIP else zstandard.open
     return cast("io.BufferedIOBase", opener(layer.path, "rb"))
 
 
@@ -73,7 +71,7 @@ def plain_digest(layer: LayerBlob) -> str:
     try:
         with plain_tar(layer) as tar:
             return hashlib.file_digest(tar, "sha256").hexdigest()
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError):
+    except (OSError, EOFError, isal_zlib.error, zstandard.ZstdError):  # type: ignore[misc]
         return ""
 
 
@@ -171,17 +169,19 @@ class TarWriter(ABC):
     """A tar, entry by entry, and a copy of its files; a subclass compresses the tar's bytes.
 
     In ``folder``, the tar gets the name of its type; ``files``, the copy, has the folders already.
-    ``epoch`` is the modification time of every entry of the tar, Unix seconds.
+    ``epoch`` is the modification time of every entry of the tar, Unix seconds. ``diff_id`` is
+    that of the layer, where the caller knows it, and compares the digest: then it is not computed.
     """
 
     media_type = ""
 
-    def __init__(self, folder: Path, epoch: int) -> None:
+    def __init__(self, folder: Path, epoch: int, diff_id: str = "") -> None:
         self._path = folder / FILE_NAMES[self.media_type]
         self._files = folder / "files"
         self._epoch = epoch
         self._file: IO[bytes] = self._path.open("xb")  # never an inode that is in use
         self._blob = hashlib.sha256()
+        self._diff_id = diff_id
         self._diff = hashlib.sha256()
         self._size = 0
         self._held = bytearray()  # of the blob, to be hashed and written in larger pieces
@@ -218,7 +218,7 @@ class TarWriter(ABC):
         return LayerBlob(
             path=self._path,
             digest=self._blob.hexdigest(),
-            diff_id=self._diff.hexdigest(),
+            diff_id=self._diff_id or self._diff.hexdigest(),
             size=self._size,
             media_type=self.media_type,
         )
@@ -240,6 +240,10 @@ class TarWriter(ABC):
     def _file_header(self, path: str, size: int, mode: int) -> None:
         self._tar(file_header(path, size, mode, self._epoch))
 
+    def _hash_plain(self, content: bytes) -> None:
+        if not self._diff_id:
+            self._diff.update(content)
+
     def _pad(self, size: int) -> None:
         self._tar(bytes(-size % BLOCK))
 
@@ -260,8 +264,8 @@ class LayerWriter(TarWriter):
 
     media_type = GZIP
 
-    def __init__(self, folder: Path, epoch: int) -> None:
-        super().__init__(folder, epoch)
+    def __init__(self, folder: Path, epoch: int, diff_id: str = "") -> None:
+        super().__init__(folder, epoch, diff_id)
         self._pending = bytearray()  # tar bytes that are not in a member yet
 
     def member(
@@ -282,7 +286,7 @@ class LayerWriter(TarWriter):
             self._end()
             self._write(GZIP_HEADER)
             for block in plain(self._written(raw)):
-                self._diff.update(block)
+                self._hash_plain(block)
             self._write(struct.pack("<II", info.CRC, info.file_size & 0xFFFFFFFF))
         else:
             for block in plain(raw):
@@ -295,7 +299,7 @@ class LayerWriter(TarWriter):
             yield piece
 
     def _tar(self, content: bytes) -> None:
-        self._diff.update(content)
+        self._hash_plain(content)
         self._pending += content
 
     def _end(self) -> None:
@@ -318,8 +322,8 @@ class ZstdLayerWriter(TarWriter):
 
     media_type = ZSTD
 
-    def __init__(self, folder: Path, epoch: int) -> None:
-        super().__init__(folder, epoch)
+    def __init__(self, folder: Path, epoch: int, diff_id: str = "") -> None:
+        super().__init__(folder, epoch, diff_id)
         self._frame = zstandard.ZstdCompressor(level=ZSTD_LEVEL, threads=1).compressobj()
 
     def stream(self, path: str, size: int, mode: int, pieces: Iterable[bytes]) -> None:
@@ -339,7 +343,7 @@ class ZstdLayerWriter(TarWriter):
         self._pad(size)
 
     def _tar(self, content: bytes) -> None:
-        self._diff.update(content)
+        self._hash_plain(content)
         self._write(self._frame.compress(content))
 
     def _end(self) -> None:

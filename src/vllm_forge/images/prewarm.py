@@ -142,7 +142,7 @@ def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
         for path in require_plain(prewarm.folder)
     }
 
-    def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
+    def write(folder: Path, _: object) -> tuple[LayerBlob, dict[str, Any]]:
         with ZstdLayerWriter(folder, epoch) as layer:
             for parent in make_folders(folder / "files", [*files, SCRIPT[1:]]):
                 layer.directory(parent)

@@ -8,15 +8,21 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter
 
 from vllm_forge.host import cache_root, console, hash_of, parse_json, read_plain
 from vllm_forge.host.files import read_sealed, write_sealed
 from vllm_forge.images.errors import BuildRecordError
+from vllm_forge.matrix.model import FrozenModel
+from vllm_forge.project import Project
 
 T = TypeVar("T")
 SHORT = 12
 HEX = set("0123456789abcdef")
+LAYERS = "records/layers/{line}.json"
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Inputs = dict[str, dict[str, Any]]  # input -> its parts, each a value or a hash
 
 
@@ -92,6 +98,24 @@ def recall(inputs: list[Any], make: Callable[[], T]) -> T:
     if result := make():
         write_sealed(path, {"inputs": inputs, "result": result})
     return result
+
+
+class RecordedLayer(FrozenModel):
+    """Hashes of a layer that was written before, of the inputs that its key names."""
+
+    digest: Sha256  # of the blob, which proves the others
+    diff_id: Sha256
+    libraries: dict[str, str]  # of a slim layer: path -> hash, as RECORD has it
+
+
+def recorded_layers(project: Project, line_name: str) -> dict[str, RecordedLayer]:
+    """Committed records of a line's layers by their keys; RecordFileError."""
+    path = LAYERS.format(line=line_name)
+    if not (project.root / path).is_file():
+        return {}
+    parse = TypeAdapter(dict[str, RecordedLayer]).validate_python
+    rows: dict[str, RecordedLayer] = project.read_json(path, parse)
+    return rows
 
 
 def carries_kernels(path: Path) -> bool:

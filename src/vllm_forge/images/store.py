@@ -15,7 +15,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -42,7 +42,7 @@ from vllm_forge.images.layer import (
     read_blocks,
     stamp,
 )
-from vllm_forge.images.record import recall
+from vllm_forge.images.record import RecordedLayer, recall
 from vllm_forge.images.wheels import Entry, folders_of
 from vllm_forge.kernels.coverage import device_code as device_code_module
 from vllm_forge.kernels.coverage.device_code import Code, Kind, device_code
@@ -57,6 +57,9 @@ CHECKED = "checked.json"  # what the file system said of unpacked files when the
 HASHED = "hashed.json"  # and of the blob, when it was hashed
 SLIMMED = r"code/.+|files/.+\.dist-info/RECORD"  # what a slim layer is made of
 
+
+# Writes a layer to a folder: its blob, and what it lacks. With less work where it is recorded.
+Write = Callable[[Path, RecordedLayer | None], tuple[LayerBlob, dict[str, Any]]]
 
 _SEARCH = host.hash_of(Path(device_code_module.__file__).read_text())  # another one searches again
 
@@ -228,37 +231,50 @@ def forget_damaged(blobs: Iterable[LayerBlob]) -> None:
 
 
 def write_layer(
-    key: str, entries: Sequence[Entry], epoch: int, *, code_apart: bool = False
+    key: str,
+    entries: Sequence[Entry],
+    epoch: int,
+    *,
+    code_apart: bool = False,
+    recorded: RecordedLayer | None = None,
 ) -> StoredLayer:
     """Write a layer, or return the one that is there.
 
     ``key`` is the hash of all that it is a function of, ``epoch`` the time of all entries, Unix
-    seconds; ``code_apart``: files with device code are left out, and unpacked to ``code``.
+    seconds; ``code_apart``: files with device code are left out, and unpacked to ``code``;
+    ``recorded``: see ``keep_layer``.
 
     Raises HashMismatchError, WheelError, UnknownFatbinError: a member is not what the zip or RECORD
     says; or a library's device code has an unknown layout.
     """
 
-    def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
+    def write(folder: Path, known: RecordedLayer | None) -> tuple[LayerBlob, dict[str, Any]]:
         code = _put_code_apart(entries, folder, key) if code_apart else set()
-        return _write(folder, [entry for entry in entries if entry.path not in code], epoch), {}
+        rest = [entry for entry in entries if entry.path not in code]
+        if known is None:
+            return _write(folder, rest, epoch), {}
+        # The blob's digest shows that it has the files which were compared with RECORD before.
+        return _write(folder, [replace(e, recorded="") for e in rest], epoch, known.diff_id), {}
 
-    return keep_layer(key, write)
+    return keep_layer(key, write, recorded)
 
 
-def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]]]) -> StoredLayer:
+def keep_layer(key: str, write: Write, recorded: RecordedLayer | None = None) -> StoredLayer:
     """The layer of that key; when it is not there, written by ``write``.
 
     ``write`` makes the blob in a folder, unpacks to its ``files``, and returns what it removed.
+    It may take the hashes of ``recorded`` for what the blob has; unless the blob's digest is that
+    of the record, which proves them, the layer is written again without.
     """
     with host.exclusive(f"layer-{key}", wait=True):
         if (known := usable(key)) is not None:
             return known
         with host.atomic_path(layer_folder(key)) as folder:
-            for name in UNPACKED:
-                (folder / name).mkdir(parents=True)
-                (folder / name).chmod(0o755)
-            blob, removed = write(folder)
+            blob, removed = _fill(folder, write, recorded)
+            if recorded is not None and blob.digest != recorded.digest:
+                host.console.print(f"  written again: layer {key} differs from its record")
+                host.remove(folder)
+                blob, removed = _fill(folder, write, None)
             rows = _rows(folder, ".+", lambda _, status: int(status.st_mtime))  # see `stamp`
             unpacked = {pattern: _hashed(rows, pattern) for pattern in (".+", SLIMMED)}
             record = asdict(blob) | {"removed": removed, "unpacked": unpacked}
@@ -267,6 +283,15 @@ def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]
             write_sealed(folder / CHECKED, _stamps(folder, unpacked))
             note_hashed(folder, blob, inode(blob.path.lstat()))
     return require_stored(key, checked=True)
+
+
+def _fill(
+    folder: Path, write: Write, recorded: RecordedLayer | None
+) -> tuple[LayerBlob, dict[str, Any]]:
+    for name in UNPACKED:
+        (folder / name).mkdir(parents=True)
+        (folder / name).chmod(0o755)
+    return write(folder, recorded)
 
 
 def may_hold_code(path: str, size: int) -> bool:
@@ -323,10 +348,10 @@ def make_folders(target: Path, paths: Iterable[str]) -> list[str]:
     return folders
 
 
-def _write(folder: Path, entries: Sequence[Entry], epoch: int) -> LayerBlob:
+def _write(folder: Path, entries: Sequence[Entry], epoch: int, diff_id: str = "") -> LayerBlob:
     files = folder / "files"
     parents = make_folders(files, [entry.path for entry in entries])[::-1]
-    with LayerWriter(folder, epoch) as layer, _Wheels() as wheels:
+    with LayerWriter(folder, epoch, diff_id) as layer, _Wheels() as wheels:
         for entry in entries:
             while parents and parents[-1] < entry.path:
                 layer.directory(parents.pop())
@@ -398,7 +423,8 @@ def _inflated(entry: Entry, raw: Iterable[bytes]) -> Iterator[bytes]:
         for piece in raw:
             block = inflate.decompress(piece) if inflate else piece
             crc = isal_zlib.crc32(block, crc)
-            digest.update(block)
+            if entry.recorded:
+                digest.update(block)
             size += len(block)
             yield block
     except isal_zlib.error as error:  # type: ignore[misc] # its stub has an instance

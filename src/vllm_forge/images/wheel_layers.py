@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from mmap import mmap
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from vllm_forge.host import worker_pool
-from vllm_forge.host.errors import CommandFailedError
-from vllm_forge.images.content import WheelGroup, group_entries
-from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter
+from vllm_forge.host import worker_pool, write_json
+from vllm_forge.host.errors import CacheError, CommandFailedError
+from vllm_forge.host.files import file_digest
+from vllm_forge.images.content import WheelGroup, group_entries, wheel_groups
+from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter, plain_digest
+from vllm_forge.images.record import LAYERS, RecordedLayer, recorded_layers
 from vllm_forge.images.store import (
     SLIMMED,
     CodeRange,
@@ -40,8 +42,12 @@ from vllm_forge.images.store import (
 from vllm_forge.kernels.coverage.device_code import Target, runs_on
 from vllm_forge.kernels.coverage.library import mapped
 from vllm_forge.matrix import ImageCell
+from vllm_forge.project import Project
 from vllm_forge.sources import Wheelhouse
 from vllm_forge.sources.wheel_format import record_hash, rewrite_record
+
+if TYPE_CHECKING:
+    from vllm_forge.images.plan import ImagePlan
 
 T = TypeVar("T")
 WORKERS = 2
@@ -49,25 +55,20 @@ NICE = 10  # the rootfs is made meanwhile
 RECORDS = "opt/venv/lib/python*/site-packages/*.dist-info/RECORD"
 
 
-def write_layers(
-    cell: ImageCell,
-    groups: Sequence[WheelGroup],
-    meanwhile: Callable[[], T],
-    *,
-    slim: bool = True,
-) -> T:
-    """Download the wheels of ``groups``, lowest layer first, and write what is not there yet.
+def write_layers(plan: "ImagePlan", meanwhile: Callable[[], T], *, slim: bool = True) -> T:
+    """Download the wheels of a plan, lowest layer first, and write what is not there yet.
 
     Returns what ``meanwhile`` does, which is called when all wheels are fetched, while worker
     processes write the layers. ``slim``: also the SKU's layers of libraries.
     """
-    wheelhouse = Wheelhouse()
+    wheelhouse, cell = Wheelhouse(), plan.cell
+    known = recorded_layers(plan.project, cell.line_name)
     with worker_pool(WORKERS, NICE) as pool:
         jobs = []
-        for group in groups:
+        for group in plan.groups:
             hashed = wheelhouse.fetch(group.wheels)
             if None in [usable(key) for key in group.keys[: 2 if slim else 1]]:
-                jobs.append(pool.submit(_write_group, group, cell, hashed, slim=slim))
+                jobs.append(pool.submit(_write_group, group, cell, hashed, known, slim=slim))
         result = meanwhile()
         try:
             for job in jobs:
@@ -82,7 +83,12 @@ def write_layers(
 
 
 def _write_group(
-    group: WheelGroup, cell: ImageCell, hashed: Mapping[Path, list[int]], *, slim: bool
+    group: WheelGroup,
+    cell: ImageCell,
+    hashed: Mapping[Path, list[int]],
+    known: Mapping[str, RecordedLayer],
+    *,
+    slim: bool,
 ) -> None:
     """Worker process: write a layer of verified wheels, and the SKU's of its libraries."""
     epoch = cell.base.source_date_epoch
@@ -95,10 +101,13 @@ def _write_group(
     if whole is None:
         paths = [Wheelhouse().verify(wheel, hashed) for wheel in group.wheels]
         entries = group_entries(group.name, paths, cell.line.python)
-        whole = write_layer(group.key, entries, epoch, code_apart=group.slim_key is not None)
+        whole = write_layer(
+            group.key, entries, epoch,
+            code_apart=group.slim_key is not None, recorded=known.get(group.key),
+        )  # fmt: skip
     if slim_key is not None:
         major, minor = (int(part) for part in cell.sku.compute_capability.split("."))
-        write_slim_layer(slim_key, whole, (major, minor), epoch)
+        write_slim_layer(slim_key, whole, (major, minor), epoch, known.get(slim_key))
 
 
 def cut(
@@ -130,24 +139,30 @@ def pieces(content: bytes | mmap, ranges: Sequence[tuple[int, int]]) -> Iterator
 
 
 def write_slim_layer(
-    key: str, whole: StoredLayer, capability: tuple[int, int], epoch: int
+    key: str,
+    whole: StoredLayer,
+    capability: tuple[int, int],
+    epoch: int,
+    recorded: RecordedLayer | None = None,
 ) -> StoredLayer:
     """Write a SKU's libraries of the group's layer ``whole``, which is ``intact``, under a key.
 
-    ``capability`` is the SKU's (major, minor), ``epoch`` the time of all entries, Unix seconds.
+    ``capability`` is the SKU's (major, minor), ``epoch`` the time of all entries, Unix seconds;
+    ``recorded``: see ``keep_layer``.
     """
 
-    def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
+    def write(folder: Path, known: RecordedLayer | None) -> tuple[LayerBlob, dict[str, Any]]:
         files = folder / "files"
         removed: dict[str, Any] = {}
         paths = (path for path in whole.code.rglob("*") if path.is_file())
         libraries = sorted(path.relative_to(whole.code).as_posix() for path in paths)
         records = sorted(whole.files.glob(RECORDS)) if libraries else []
-        with ZstdLayerWriter(folder, epoch) as layer:
+        hashes = {} if known is None else known.libraries
+        with ZstdLayerWriter(folder, epoch, known.diff_id if known else "") as layer:
             for parent in make_folders(files, libraries):
                 layer.directory(parent)
             for name in libraries:
-                removed[name] = _add_library(layer, whole, name, capability)
+                removed[name] = _add_library(layer, whole, name, capability, hashes.get(name))
             for path in records:
                 name = path.relative_to(whole.files).as_posix()
                 old = path.read_bytes()
@@ -158,27 +173,32 @@ def write_slim_layer(
                     layer.data(name, new)
             return layer.close(), removed
 
-    return keep_layer(key, write)
+    return keep_layer(key, write, recorded)
 
 
 def _add_library(
-    layer: ZstdLayerWriter, whole: StoredLayer, name: str, capability: tuple[int, int]
+    layer: ZstdLayerWriter,
+    whole: StoredLayer,
+    name: str,
+    capability: tuple[int, int],
+    known: str | None,
 ) -> dict[str, Any]:
-    """Add one library; return what it lacks."""
+    """Add one library, whose new hash in RECORD is ``known`` or computed; return what it lacks."""
     digest, source = hashlib.sha256(), whole.code / name
     with mapped(source) as content:
         ranges, targets = cut(code_ranges(whole.folder.name, name, source), capability)
 
         def hashed() -> Iterator[bytes]:
             for piece in pieces(content, ranges):
-                digest.update(piece)
+                if known is None:
+                    digest.update(piece)
                 yield piece
 
         layer.stream(name, len(content), source.stat().st_mode & 0o777, hashed())
     return {
         "bytes": sum(targets.values()),
         "targets": targets,
-        "sha256": record_hash(digest.digest()),
+        "sha256": known or record_hash(digest.digest()),
     }
 
 
@@ -194,3 +214,31 @@ def update_record(content: bytes, name: str, removed: Mapping[str, Any]) -> byte
         return path, f"sha256={slim['sha256']}" if slim and slim["bytes"] else digest, size
 
     return rewrite_record(content, change)
+
+
+def record_layers(project: Project, line_name: str) -> Path:
+    """Write ``recorded_layers`` of a line: those in the cache; the others stay as they are.
+
+    Raises CacheError: a blob is not what its record says; it is read to its end.
+    """
+    lock, rows = project.lock(line_name), {}
+    before = recorded_layers(project, line_name)
+    for sku in project.matrix.line[line_name].skus:
+        groups = wheel_groups(project.cell(sku, line_name), lock)
+        for key in (key for group in groups for key in group.keys):
+            if (layer := stored(key)) is not None:
+                rows[key] = _recorded(layer)
+            elif key in before:
+                rows[key] = before[key]
+    path = project.root / LAYERS.format(line=line_name)
+    write_json(path, {key: rows[key].model_dump() for key in sorted(rows)})
+    return path
+
+
+def _recorded(layer: StoredLayer) -> RecordedLayer:
+    blob = layer.blob
+    if (file_digest(blob.path), plain_digest(blob)) != (blob.digest, blob.diff_id):
+        what, remedy = "the blob of a layer is damaged", "delete its folder, and build again"
+        raise CacheError(what, where=blob.path, remedy=remedy)
+    libraries = {name: str(row["sha256"]) for name, row in layer.removed.items()}
+    return RecordedLayer(digest=blob.digest, diff_id=blob.diff_id, libraries=libraries)

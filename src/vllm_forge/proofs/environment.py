@@ -118,7 +118,7 @@ def open_line(
     plan = image_plan(project, line_name)
     plan.require_disk()
     system = load_system(images.build_system(plan, runner))
-    images.write_layers(plan.cell, plan.groups, lambda: None, slim=False)
+    images.write_layers(plan, lambda: None, slim=False)
     if system.root is None:
         what = "the kept system has no unpacked root"
         remedy = "delete that folder and run again"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,11 +22,12 @@ from vllm_forge.images import layer_checks, layout
 from vllm_forge.images.errors import ImageCheckError, LayoutError
 from vllm_forge.images.layer import members
 from vllm_forge.images.prewarm import Prewarm, tree_digest
+from vllm_forge.images.wheel_layers import record_layers
 from vllm_forge.images.wheels import site_packages
+from vllm_forge.project import Project as Checkout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from vllm_forge.host import Runner
     from vllm_forge.images.engines import ContainerRun
@@ -193,3 +196,33 @@ def test_blob_is_hashed_again_when_it_was_touched(
     fast_build(mini, "alpha")
     assert one.digest in digests
     assert {blob.digest for blob in others}.isdisjoint(digests)
+
+
+def test_recorded_layers_give_the_same_image(mini: Project) -> None:
+    cache, dist = Path(mini.environment["VLLM_FORGE_CACHE"]), mini.root / "dist"
+
+    def build() -> layout.Image:
+        for folder in (cache / "layers", dist):
+            shutil.rmtree(folder, ignore_errors=True)
+        return fast_build(mini, "alpha")[0]
+
+    image, checkout = build(), Checkout(mini.root)
+    path = record_layers(checkout, checkout.line()[0])
+    rows = json.loads(path.read_text())
+    try:
+        assert {row["digest"] for row in rows.values()} & {row.blob.digest for row in image.layers}
+        assert build().digest == image.digest
+        path.write_text(json.dumps({key: row | {"diff_id": "0" * 64} for key, row in rows.items()}))
+        false = build()
+        assert false.digest != image.digest
+        with pytest.raises(LayoutError, match="the image says 0000"):
+            layout.verify(false, unpacked=True)
+        with pytest.raises(CacheError, match="blob of a layer is damaged"):
+            record_layers(checkout, checkout.line()[0])
+        path.write_text(json.dumps(rows | {"0" * 64: rows[min(rows)]}))
+        shutil.rmtree(cache / "layers")
+        record_layers(checkout, checkout.line()[0])
+        assert json.loads(path.read_text()) == rows
+    finally:
+        path.unlink()
+        build()

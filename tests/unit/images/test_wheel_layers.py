@@ -9,6 +9,7 @@ import io
 import random
 import shutil
 import tarfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +21,9 @@ from tests.support.fatbins import entry as code
 from tests.support.fatbins import fatbin, library
 from tests.support.wheels import Member, write_wheel
 from vllm_forge.images import store
+from vllm_forge.images.content import wheel_groups
 from vllm_forge.images.layer import ZSTD
+from vllm_forge.images.record import RecordedLayer, recorded_layers
 from vllm_forge.images.store import (
     LEAST,
     StoredLayer,
@@ -34,6 +37,8 @@ from vllm_forge.images.wheels import Entry, site_packages, wheel_entries
 from vllm_forge.kernels.coverage.device_code import device_code, runs_on
 from vllm_forge.kernels.coverage.library import library_code
 from vllm_forge.kernels.errors import UnknownFatbinError
+from vllm_forge.project import Project
+from vllm_forge.sources.errors import WheelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -264,6 +269,53 @@ def test_zeros_cost_nothing(whole: StoredLayer) -> None:
         layer = write_slim_layer(f"noise-{size}", whole, (9, 0), EPOCH)
         assert layer.blob.size < size // 100
         assert (layer.files / LIBRARY).stat().st_blocks * 512 < size // 2
+
+
+def recorded(layer: StoredLayer, **changes: Any) -> RecordedLayer:
+    libraries = {name: row["sha256"] for name, row in layer.removed.items()}
+    fields = {"digest": layer.blob.digest, "diff_id": layer.blob.diff_id, "libraries": libraries}
+    return RecordedLayer.model_validate(fields | changes)
+
+
+def test_layer_of_a_record_is_the_same(whole: StoredLayer) -> None:
+    before = slim(whole)
+    after = write_slim_layer("again", whole, (10, 3), EPOCH, recorded(before))
+    assert replace(after.blob, path=before.blob.path) == before.blob
+    assert (after.removed, after.unpacked) == (before.removed, before.unpacked)
+    # No plain byte is hashed: the digest proves what the record says of them.
+    known = recorded(before, diff_id="0" * 64)
+    assert write_slim_layer("known", whole, (10, 3), EPOCH, known).blob.diff_id == "0" * 64
+
+
+@pytest.mark.parametrize("wrong", [{"digest": "0" * 64}, {"libraries": {LIBRARY: "x" * 43}}])
+def test_layer_that_differs_from_its_record_is_hashed(
+    wrong: dict[str, Any], whole: StoredLayer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = slim(whole)
+    row = recorded(before, **{"diff_id": "0" * 64} | wrong)
+    after = write_slim_layer("again", whole, (10, 3), EPOCH, row)
+    assert replace(after.blob, path=before.blob.path) == before.blob
+    assert (after.removed, after.unpacked) == (before.removed, before.unpacked)
+    assert "written again: layer again differs from its record" in capsys.readouterr().err
+
+
+def test_layer_that_differs_from_its_record_is_compared_with_its_wheels(tmp_path: Path) -> None:
+    path = tmp_path / "tiny-1.0-py3-none-any.whl"
+    entries = wheel_entries(write_wheel(path, "tiny", "1.0", (Member(path="t.py"),)), PYTHON)
+    row = recorded(write_layer("right", entries, EPOCH), digest="0" * 64)
+    wrong = [replace(entry, recorded="sha256=" + "0" * 43) for entry in entries]
+    with pytest.raises(WheelError, match=r"t\.py has sha256="):
+        write_layer("wrong", wrong, EPOCH, recorded=row)
+    assert stored("wrong") is None
+
+
+def test_committed_records_are_of_current_layers(root: Path) -> None:
+    project = Project(root)
+    for line, row in project.matrix.line.items():
+        cells = [project.cell(sku, line) for sku in row.skus]
+        groups = [group for cell in cells for group in wheel_groups(cell, project.lock(line))]
+        stale = recorded_layers(project, line).keys() - {key for g in groups for key in g.keys}
+        assert not stale, f"run: nox -s forge -- wheels record --line {line}"
 
 
 def test_group_without_code_gives_an_empty_layer(tmp_path: Path) -> None:
