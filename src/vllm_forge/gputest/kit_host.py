@@ -439,6 +439,7 @@ def main(arguments: list[str]) -> int:
         fail(f"missing OUTPUT: expected {arguments[0]} OUTPUT [ARG]...")
     if arguments[0] != "take" and os.geteuid() != 0:
         fail("cannot mount and enter the image: run this as root")
+    os.umask(0o022)  # as engines do: the image's user reaches what root makes here
     manifest, work = read_manifest(), work_folder()
     with (work / ".lock").open("w") as lock:
         try:

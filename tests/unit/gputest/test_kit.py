@@ -257,6 +257,26 @@ def test_commands_run_as_the_images_user(folder: Path, tmp_path: Path) -> None:
 
 
 @ROOT_ONLY
+def test_images_user_reaches_the_driver_whatever_the_umask(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root's umask is 077 on hardened hosts."""
+    library, ldconfig = tmp_path / "libcuda.so.1", tmp_path / "bin" / "ldconfig"
+    library.write_text("driver")
+    ldconfig.parent.mkdir()
+    ldconfig.write_text(f"#!/bin/sh\necho 'libcuda.so.1 (libc6,x86-64) => {library}'\n")
+    ldconfig.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ldconfig.parent}:{os.environ['PATH']}")
+    before = os.umask(0o077)
+    try:
+        call(folder, "unpack")
+        output = call(folder, "exec", "--", "sh", "-c", "id -u; ls /usr/local/nvidia/lib64")
+    finally:
+        os.umask(before)
+    assert output.endswith("\n10001\nlibcuda.so.1\n")
+
+
+@ROOT_ONLY
 @pytest.mark.parametrize(
     ("name", "passed"),
     [
