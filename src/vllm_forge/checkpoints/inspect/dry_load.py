@@ -84,14 +84,11 @@ def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> No
         cases = []
         for number, (name, profile) in enumerate(profiles.items()):
             rows = [[entry.name, entry.dtype, entry.shape] for entry in profile.tensors.values()]
-            (aside / f"tensors-{number}.json").write_text(json.dumps(rows))
+            tensors = aside / f"tensors-{number}.json"
+            tensors.write_text(json.dumps(rows))
             methods = METHODS.get(profile.drafter, ("mtp",)) if profile.draft_layers else ()
-            cases.append(
-                {
-                    "name": name, "config": dict(profile.served),
-                    "tensors": f"tensors-{number}.json", "methods": methods,
-                }
-            )  # fmt: skip
+            case = {"name": name, "config": dict(profile.served), "methods": methods}
+            cases.append({**case, "tensors": tensors.name})
         device = declared_device(sku, count=1).model_dump(mode="json")
         (aside / "request.json").write_text(json.dumps({"device": device, "cases": cases}))
         for path in (aside, *aside.rglob("*")):

@@ -210,9 +210,9 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
         rows: dict[str, Any] = record["tensors"]
         marks = (record.get(MARK), profile.config.get(MARK))
         recorded = {
-            name: (row["dtype"], tuple(row["shape"]), row["file"]) for name, row in rows.items()
+            name: (row["dtype"], tuple(row["shape"]), row["file"], str(row["sha256"]))
+            for name, row in rows.items()
         }
-        sums = {name: str(row["sha256"]) for name, row in rows.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         yield finding("record", what, title=f"{RECORD} cannot be read")
@@ -222,8 +222,8 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
         yield finding("record", f"{MARK} is not the same in both", title=title)
     stored = {n: (e.dtype, e.shape, e.shard) for n, e in profile.tensors.items()}
     both = sorted(recorded.keys() & stored.keys())
-    changed = [name for name in both if recorded[name] != stored[name]]
-    damaged = [n for n in both if digests and profile.tensors[n].sha256() != sums[n]]
+    changed = [name for name in both if recorded[name][:-1] != stored[name]]
+    damaged = [n for n in both if digests and profile.tensors[n].sha256() != recorded[n][-1]]
     for names, title in (
         (sorted(recorded.keys() - stored.keys()), "recorded tensors are missing"),
         (sorted(stored.keys() - recorded.keys()), "tensors are not recorded"),

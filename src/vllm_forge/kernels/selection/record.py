@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vllm_forge.errors import shortened
-from vllm_forge.host import atomic_path, read_data
+from vllm_forge.host import read_data, write_whole
 from vllm_forge.kernels.errors import SelectionChangedError, SelectionFileError, SelectionStaleError
 from vllm_forge.kernels.selection.questions import (
     Answer,
@@ -32,6 +32,7 @@ PLAIN_LIST = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
 SHARED = ("cuda_graphs", "device", "draft", "kv_cache", "linear", "modules", "warnings")
 
 Rows = tuple[tuple[Question, Answer], ...]
+PARTS = ("rows", "published", "probes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +87,8 @@ def read_selection(records: Path, line_name: str) -> SelectionRecord:
         selection_path(records, line_name),
         lambda data: SelectionRecord(
             line_name=data["line"],
-            vllm=data["vllm"],
-            made=data["made"],
-            inputs=data["inputs"],
-            rows=_load(data["rows"], data["shared"]),
-            published=_load(data["published"], data["shared"]),
-            probes=_load(data["probes"], data["shared"]),
+            **{name: data[name] for name in ("vllm", "made", "inputs")}
+            | {part: _load(data[part], data["shared"]) for part in PARTS},
         ),
         SelectionFileError,
         what=f"kernel selection of line {line_name}",
@@ -107,16 +104,13 @@ def write_selection(records: Path, recorded: SelectionRecord) -> Path:
         "line": recorded.line_name,
         "vllm": recorded.vllm,
         "inputs": recorded.inputs,
-        "rows": [_dump(row, shared) for row in recorded.rows],
-        "published": [_dump(row, shared) for row in recorded.published],
-        "probes": [_dump(row, shared) for row in recorded.probes],
+        **{part: [_dump(row, shared) for row in getattr(recorded, part)] for part in PARTS},
         "shared": shared,
     }
     text = json.dumps(data, indent=1, sort_keys=True)
     text = PLAIN_LIST.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
     path = selection_path(records, recorded.line_name)
-    with atomic_path(path) as aside:
-        aside.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, text + "\n")
     return path
 
 
