@@ -5,21 +5,14 @@ from collections.abc import Iterator
 from rich.markup import escape as markup_escape
 from rich.table import Table
 
-from vllm_forge.checkpoints.inspect.findings import Effect, Scope, label
-from vllm_forge.checkpoints.inspect.inspection import LineVerdict, Outcome, Report
+from vllm_forge.checkpoints.inspect.findings import Scope, label
+from vllm_forge.checkpoints.inspect.inspection import WRONG, LineVerdict, Outcome, Report
 from vllm_forge.host import PlainConsole, printable
 
 GB = 10**9
 WIDTH = 160  # where nobody says how wide it is
 # What is judged of every checkpoint, whoever made it.
 CHECKED = "files, config.json, the names, dtypes and shapes that it implies, scales, each line"
-STYLES = {
-    Effect.REFUSES: "bold red",
-    Effect.CORRUPTS: "bold red",
-    Effect.LOSES: "yellow",
-    Effect.DEPARTS: "yellow",
-    Effect.NOTES: "dim",
-}
 OUTCOMES = {
     Outcome.WITH_MTP: "bold green",
     Outcome.WITH_DSPARK: "green",
@@ -94,6 +87,8 @@ def _values(report: Report) -> Table:
 def _findings(report: Report) -> Table:
     table = Table("check", "effect", "lines", "what", "remedy", title="findings")
     for index, finding in enumerate(report.findings):
+        style = "yellow" if finding.effect in WRONG else "dim"
+        style = "bold red" if finding.effect.breaks else style
         lines = [verdict.line for verdict in report.lines if index in verdict.findings]
         bounds = [f"vLLM >= {finding.since}"] if finding.since else []
         bounds += [f"vLLM < {finding.before}"] if finding.before else []
@@ -101,7 +96,7 @@ def _findings(report: Report) -> Table:
         where = f" ({', '.join(bounds)})" if bounds else ""
         table.add_row(
             escape(label(finding.check)),
-            f"[{STYLES[finding.effect] if lines else 'dim'}]{finding.effect}[/]",
+            f"[{style if lines else 'dim'}]{finding.effect}[/]",
             ", ".join(lines) or "none",
             escape(f"{draft}{finding.title}{where}: {finding.what}"),
             escape(finding.remedy),

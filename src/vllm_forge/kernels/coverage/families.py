@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from vllm_forge.host import suggestion
 from vllm_forge.kernels.coverage import library
-from vllm_forge.kernels.coverage.device_code import Capability, Kind, Target, device_code, runs_on
+from vllm_forge.kernels.coverage.device_code import Capability, Kind, Target, runs_on
 from vllm_forge.matrix import FrozenModel
 
 DATA = files("vllm_forge.kernels.coverage") / "families.toml"
@@ -254,18 +254,11 @@ class SitePackages:
 
     def libraries(self) -> dict[str, dict[str, Any]]:
         """Every library with device code: its size, and bytes per target, by path."""
-        rows = {}
-        for name, path in self.find("**/*.so*"):
-            if path.is_symlink():
-                continue
-            if self.rows.patterns_of(name):
-                code = self.library(name, path).code
-            else:
-                with library.mapped(path) as buffer:
-                    code = library.code_sizes(device_code(buffer, str(path)))
-            if code:
-                rows[name] = {"size": path.stat().st_size, "code": dict(code)}
-        return rows
+        return {
+            name: {"size": path.stat().st_size, "code": dict(code)}
+            for name, path in self.find("**/*.so*")
+            if not path.is_symlink() and (code := self.library(name, path).code)
+        }
 
     def coverage(self, name: str, capability: Capability, line: str) -> Coverage | None:
         """A family on a GPU; None if none of its parts concern that GPU."""
