@@ -32,21 +32,15 @@ from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches import Decision, Patch, decisions, read_dispositions, read_series
 from vllm_forge.patches.series import Variant, pairs, require_idempotent, without
 from vllm_forge.project import Project
+from vllm_forge.proofs import errors
 from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line
-from vllm_forge.proofs.errors import (
-    ProofNotRunError,
-    ProofRedError,
-    RegressionError,
-    UpstreamRowsError,
-    UselessPatchError,
-)
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
 
 MOST_WORKERS = 8  # each takes about 2 GB
 ALL_TESTS = "tests/patches"
 WHOLE = "whole"
 # Reported first if there are several problems.
-FIRST = (UselessPatchError, ProofNotRunError)
+FIRST = (errors.UselessPatchError, errors.ProofNotRunError)
 SCRIPT = Path("tests/gpu/upstream/run_tests.py")
 REQUIREMENTS = "tests/patches/requirements.txt"
 # Sources of the release's native code, and the GPUs that it is built for.
@@ -109,7 +103,7 @@ def parse(output: str, where: str) -> TestRun:
         run = TestRun.model_validate_json(output.strip().splitlines()[-1])
     except (IndexError, ValidationError):
         what = "the tests printed no verdict"
-        raise ProofNotRunError(what, where=where, remedy=output[-2000:]) from None
+        raise errors.ProofNotRunError(what, where=where, remedy=output[-2000:]) from None
     return run.model_copy(update={"why": CHANGING.sub("...", run.why)[:WHY_CHARS]})
 
 
@@ -119,7 +113,7 @@ def judge_whole(line: str, patches: Sequence[Patch], run: TestRun) -> Iterator[F
         red = [name for name, outcome in run.tests.items() if outcome == "failed"]
         what = f"line {line}: {len(red)} contract tests are red with the whole series: {run.why}"
         remedy = "correct the patch, or dispositions.toml where it contradicts the series"
-        yield ProofRedError(what, where="\n          ".join(red[:10]), remedy=remedy)
+        yield errors.ProofRedError(what, where="\n          ".join(red[:10]), remedy=remedy)
     elif run.exit != GREEN:
         yield not_run(f"line {line}, whole series", run)
         return
@@ -140,7 +134,7 @@ def judge_grounds(
             continue
         outcomes = run.outcomes(decision.proof)
         if not outcomes or not outcomes.keys() <= CLEAR:
-            yield ProofNotRunError(
+            yield errors.ProofNotRunError(
                 f"line {line}: {about} is {decision.status} for what a test shows, but that "
                 f"test was not run: {dict(outcomes) or 'not found'}",
                 where=f"dispositions.toml: {about}: {decision.proof}",
@@ -155,7 +149,7 @@ def judge_without(line: str, variant: Variant, run: TestRun) -> ForgeError | Non
     if not outcomes.keys() <= CLEAR:
         return _no_proof(line, patch, f"ran only in part: {dict(outcomes)}")
     if run.exit == GREEN and outcomes["passed"]:
-        return UselessPatchError(
+        return errors.UselessPatchError(
             f"line {line}: {patch.name} proves nothing: drop it. Its proof is green without it",
             where=f"{patch.path}: Proves: {patch.proves}",
             remedy="delete the file and its line in the series; if the change is needed, write "
@@ -168,15 +162,16 @@ def judge_without(line: str, variant: Variant, run: TestRun) -> ForgeError | Non
     return None
 
 
-def _no_proof(line: str, patch: Patch, fault: str) -> ProofNotRunError:
+def _no_proof(line: str, patch: Patch, fault: str) -> errors.ProofNotRunError:
     what = f"line {line}: the proof of {patch.name} {fault}"
+    where = f"{patch.path}: Proves: {patch.proves}"
     remedy = "name a test that passes with the patch and fails without it, on this line"
-    return ProofNotRunError(what, where=f"{patch.path}: Proves: {patch.proves}", remedy=remedy)
+    return errors.ProofNotRunError(what, where=where, remedy=remedy)
 
 
-def not_run(name: str, run: TestRun) -> ProofNotRunError:
+def not_run(name: str, run: TestRun) -> errors.ProofNotRunError:
     what = f"{name}: pytest exited with {run.exit}, which is neither green (0) nor red (1)"
-    return ProofNotRunError(what, where=run.why, remedy=run.tail)
+    return errors.ProofNotRunError(what, where=run.why, remedy=run.tail)
 
 
 def show(job: ProofJob, whole: TestRun, runs: Sequence[TestRun]) -> None:
@@ -350,7 +345,7 @@ def read_upstream(root: Path, line: str) -> list[str]:
     return read_data(
         root / UPSTREAM_ROWS,
         lambda data: TypeAdapter(dict[str, list[str]]).validate_python(data)[line],
-        UpstreamRowsError,
+        errors.UpstreamRowsError,
         what=f"list of vLLM's tests for line {line}",
         remedy="name files of its release's tests",
     )
@@ -400,7 +395,7 @@ def judge_upstream(
     if lost := [name for name in before if before[name] == "passed" != after.get(name)]:
         what = f"line {line}: {len(lost)} of vLLM's tests pass as published, not as patched"
         remedy = f"correct the patch; its message: {patched.why}"
-        raise RegressionError(what, where="\n          ".join(lost[:10]), remedy=remedy)
+        raise errors.RegressionError(what, where="\n          ".join(lost[:10]), remedy=remedy)
     rows: dict[str, Counter[str]] = {path: Counter() for path in paths}
     for name in before | after:
         old, new = (outcomes.get(name, "missing") for outcomes in (before, after))
@@ -409,5 +404,5 @@ def judge_upstream(
     if idle := [path for path, counts in rows.items() if not counts["passed"]]:
         what = f"line {line}: nothing in it passes as published: {dict(rows[idle[0]])}"
         remedy = "take it out of the line's list"
-        raise ProofNotRunError(what, where=f"{UPSTREAM_ROWS}: {idle[0]}", remedy=remedy)
+        raise errors.ProofNotRunError(what, where=f"{UPSTREAM_ROWS}: {idle[0]}", remedy=remedy)
     return {path: dict(sorted(counts.items())) for path, counts in rows.items()}

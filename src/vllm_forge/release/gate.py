@@ -32,12 +32,7 @@ from vllm_forge.project import Project
 from vllm_forge.receipts.receipt import Receipt
 from vllm_forge.receipts.suite import read_suite
 from vllm_forge.receipts.verification import read_receipts
-from vllm_forge.release.errors import (
-    GateRefusedError,
-    RequirementError,
-    UnknownStageError,
-    WaiverError,
-)
+from vllm_forge.release import errors
 from vllm_forge.release.evidence import DECISION, Evidence, slsa_level
 from vllm_forge.release.statements import Record
 
@@ -154,7 +149,7 @@ class Gate:
             what = (
                 f"{self.cell.name} is not ready for stage {self.stage}; missing ({number}):{rows}"
             )
-            raise GateRefusedError(
+            raise errors.GateRefusedError(
                 what,
                 where=f"matrix.toml, release.{self.stage}",
                 remedy="supply what is missing; each has its own remedy",
@@ -218,7 +213,7 @@ def policy_of(project: Project, stage: Stage) -> ReleasePolicy:
     if stage not in rows:
         what = f"stage {stage} has no policy: matrix.toml has {', '.join(rows) or 'none'}"
         remedy = f"add a table [release.{stage}]"
-        raise UnknownStageError(what, where=str(project.root), remedy=remedy)
+        raise errors.UnknownStageError(what, where=str(project.root), remedy=remedy)
     return rows[stage]
 
 
@@ -228,24 +223,24 @@ def make_waivers(
     """Waivers of the command line: tiers, an end and a reason, or none of them."""
     if not (bool(tiers) == (until is not None) == (reason is not None)):
         what = "incomplete waiver: --waive, --until and --reason belong together"
-        raise WaiverError(what, remedy="give all three, or none")
+        raise errors.WaiverError(what, remedy="give all three, or none")
     if until is None or reason is None:
         return ()
     for tier in tiers:
         if tier not in policy.tiers:
             what = f"invalid --waive {tier!r}: this stage does not require it"
             remedy = f"tiers: {', '.join(policy.tiers) or 'none'}"
-            raise WaiverError(what + suggestion(tier, policy.tiers), remedy=remedy)
+            raise errors.WaiverError(what + suggestion(tier, policy.tiers), remedy=remedy)
     try:
         return tuple(Waiver(tier=tier, until=until, reason=reason) for tier in dict.fromkeys(tiers))
     except ValueError:
         what = "invalid --reason: expected 10 to 500 characters in one line"
-        raise WaiverError(what, remedy="say why, for whoever reads the release") from None
+        raise errors.WaiverError(what, remedy="say why, for whoever reads the release") from None
 
 
 def _for_development(gate: Gate) -> Iterator[ForgeError]:
     if gate.stage == "release" and gate.cell.sku.development:
-        yield RequirementError(
+        yield errors.RequirementError(
             f"{gate.cell.sku_name} is a SKU for development, which is never released for",
             where=f"matrix.toml, sku.{gate.cell.sku_name}.development",
             remedy="stop at stage candidate",
@@ -262,7 +257,7 @@ def _uncommitted(gate: Gate) -> Iterator[ForgeError]:
         remedy = "commit them, or remove them: git status"
     else:
         return
-    yield RequirementError(what, where=str(gate.project.root), remedy=remedy)
+    yield errors.RequirementError(what, where=str(gate.project.root), remedy=remedy)
 
 
 def _unlocked(gate: Gate) -> Iterator[ForgeError]:
@@ -271,7 +266,7 @@ def _unlocked(gate: Gate) -> Iterator[ForgeError]:
         locked = f"the lock is of {lock.sha256[:12]}" if lock else "there is no lock"
         what = f"the compiled kernels {gate.prewarm[:12]} are not locked: {locked}"
         remedy = f"nox -s forge -- gpu prewarm {gate.cell.sku_name} FOLDER, and commit the lock"
-        yield RequirementError(what, where=str(path), remedy=remedy)
+        yield errors.RequirementError(what, where=str(path), remedy=remedy)
 
 
 def _unproven(gate: Gate) -> Iterator[ForgeError]:
@@ -290,7 +285,8 @@ def _unproven(gate: Gate) -> Iterator[ForgeError]:
     patches = [patch.name for patch in read_series(project.root / line.series)]
     if record != (tree, project.lock(name).digest, patches):
         what = f"the patches of line {name} are not proven on the present series and lock"
-        yield RequirementError(what, where=path, remedy=f"as root: nox -s prove -- --line {name}")
+        remedy = f"as root: nox -s prove -- --line {name}"
+        yield errors.RequirementError(what, where=path, remedy=remedy)
 
 
 def _regressed(gate: Gate) -> Iterator[ForgeError]:
@@ -301,11 +297,12 @@ def _regressed(gate: Gate) -> Iterator[ForgeError]:
     lock = read_tree_lock(project.root / line.series, name)
     if trees != {"published": lock.base, "patched": lock.result}:
         what = f"vLLM's own tests were not run on the present series of line {name}"
-        yield RequirementError(what, where=path, remedy=remedy)
+        yield errors.RequirementError(what, where=path, remedy=remedy)
     for file, counts in files.items():
         if lost := [outcome for outcome in counts if outcome.startswith("passed, then ")]:
             what = f"tests of {file} pass as published, not as patched: {lost[0]}"
-            yield RequirementError(what, where=path, remedy="correct the patch, then " + remedy)
+            again = f"correct the patch, then {remedy}"
+            yield errors.RequirementError(what, where=path, remedy=again)
 
 
 def _kernels_unknown(gate: Gate) -> Iterator[ForgeError]:
@@ -325,12 +322,12 @@ def _kernels_unknown(gate: Gate) -> Iterator[ForgeError]:
     remedy = f"nox -s forge -- kernels coverage --record --line {name}"
     if inputs != (project.lock(name).digest, families_digest()):
         what = f"kernel coverage of line {name} was recorded of other packages"
-        yield RequirementError(what, where=path, remedy=remedy)
+        yield errors.RequirementError(what, where=path, remedy=remedy)
     for family, cell in cells.items():
         accepted = cell["needed_by"] is None or cell["exception"] is not None
         if not accepted and cell["verdict"] not in FINE:
             what = f"kernels of {family} are {cell['verdict']} on {sku}: {cell['detail']}"
-            yield RequirementError(what, where=path, remedy="use packages that have them")
+            yield errors.RequirementError(what, where=path, remedy="use packages that have them")
 
 
 def _untested(gate: Gate) -> Iterator[ForgeError]:
@@ -341,13 +338,13 @@ def _untested(gate: Gate) -> Iterator[ForgeError]:
         if tier not in waivers:
             yield finding
         elif waivers[tier].expired(gate.now):
-            yield RequirementError(
+            yield errors.RequirementError(
                 f"the waiver of tier {tier} expired at the end of {waivers[tier].until}",
                 where="--until",
                 remedy="run the tier, or decide again with a later date",
             )
     for tier in waivers.keys() - missing.keys() if gate.digest else ():
-        yield RequirementError(
+        yield errors.RequirementError(
             f"the waiver of tier {tier} is not needed: its receipt is valid",
             where=f"--waive {tier}",
             remedy="leave it out, so that nobody reads that the tier was not run",
@@ -373,10 +370,10 @@ def _receipt_fault(gate: Gate, tier: str) -> ForgeError | None:
             f"the receipt of tier {tier} is of {finished.date()}; stage {gate.stage} takes none "
             f"older than {gate.policy.max_age_days} days"
         )
-        return RequirementError(what, where=where, remedy=remedy)
+        return errors.RequirementError(what, where=where, remedy=remedy)
     refused = read_receipts(gate.project, gate.now, image=gate.digest or "", signed=True).refused
     for path, error in refused:
         if path.name == Path(where).name:
             return error
     what = f"missing receipt of tier {tier} on {cell.sku.device} ({sku}) for {image}"
-    return RequirementError(what, where=where, remedy=remedy)
+    return errors.RequirementError(what, where=where, remedy=remedy)

@@ -18,6 +18,7 @@ from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.prewarm import Prewarm
 from vllm_forge.images.record import read_record
 from vllm_forge.images.rootfs import LOCKED, ROOTFS
+from vllm_forge.release import statements
 from vllm_forge.release.errors import RequirementError
 from vllm_forge.release.evidence import RECEIPT, Evidence, Trust
 from vllm_forge.release.gate import Gate, make_decision
@@ -25,15 +26,6 @@ from vllm_forge.release.mirror import push_layout
 from vllm_forge.release.published import from_registry
 from vllm_forge.release.referrers import attach
 from vllm_forge.release.registry import Reference, Repository
-from vllm_forge.release.statements import (
-    SBOM,
-    TEST_RESULT,
-    VSA,
-    image_statement,
-    make_provenance,
-    make_vex,
-    receipt_bundle,
-)
 from vllm_forge.release.tags import Names, choose_names, forms, require_free
 from vllm_forge.release.verify import Report, Verification
 from vllm_forge.signing import PrivateKey, Verified, sign
@@ -179,16 +171,17 @@ def _bundles(job: Job, gate: Gate, evidence: Evidence) -> Iterator[tuple[str, by
         raise BuildRecordError(what, where=str(job.plan.record_path), remedy=remedy)
     if not evidence.signed("sbom"):
         document = make_sbom(gate.project, gate.cell, image, record)
-        yield SBOM, job.sign(image_statement(gate.cell, image, SBOM, document))
+        sbom = statements.image_statement(gate.cell, image, statements.SBOM, document)
+        yield sbom.predicate_type, job.sign(sbom)
     if not any(map(job.signed, evidence.signers("provenance"))):
-        statement = make_provenance(gate.project, gate.cell, image, record, job.key)
+        statement = statements.make_provenance(gate.project, gate.cell, image, record, job.key)
         yield statement.predicate_type, job.sign(statement)
-    vex = make_vex(gate.project, gate.cell, image, record)
+    vex = statements.make_vex(gate.project, gate.cell, image, record)
     if vex is not None and vex.content not in evidence.named.get("vex", {}):
         yield vex.predicate_type, job.sign(vex)
     for tier, receipt in gate.receipts().items():
         if receipt.statement.content not in evidence.named.get(f"{RECEIPT}-{tier}", {}):
-            yield TEST_RESULT, receipt_bundle(receipt)
+            yield statements.TEST_RESULT, statements.receipt_bundle(receipt)
 
 
 def _verification(job: Job, gate: Gate, *, decided: bool) -> Verification:
@@ -229,7 +222,7 @@ def _decide(job: Job, gate: Gate, checked: Verification) -> tuple[Gate, Names, R
     decision = make_decision(gate, names.all, job.clock(), checked.evidence, checked.stack)
     image = images.read_image(job.plan.target)
     predicate = decision.model_dump(mode="json", by_alias=True)
-    statement = image_statement(gate.cell, image, VSA, predicate)
+    statement = statements.image_statement(gate.cell, image, statements.VSA, predicate)
     subject = repository.manifest(digest)
     attach(repository, subject, job.sign(statement), statement.predicate_type)
     return gate, names, _check(job, gate, decided=True).report
