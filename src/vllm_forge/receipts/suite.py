@@ -109,7 +109,7 @@ def read_suite(root: Path) -> Suite:
             path, MoreTiers.model_validate, SuiteDescriptionError, what="tiers", remedy=remedy
         ).tier
         if both := sorted(more.keys() & suite.tier.keys()):
-            raise SuiteDescriptionError(f"duplicate tier {both[0]}", where=str(path), remedy=remedy)
+            raise SuiteDescriptionError(f"duplicate tier {both[0]}", where=path, remedy=remedy)
         suite = suite.model_copy(update={"tier": suite.tier | more})
     return suite
 

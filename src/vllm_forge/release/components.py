@@ -87,7 +87,7 @@ def make_sbom(project: Project, cell: ImageCell, image: Image, record: dict[str,
     if sbom.packages_of(document) != (stack["packages"], stack["debian"]):
         what = "the SBOM has other packages than the image's stack.json"
         remedy = "build the image again; if it is the same, report it"
-        raise SbomError(what, where=str(image.path), remedy=remedy)
+        raise SbomError(what, where=image.path, remedy=remedy)
     return document
 
 

@@ -213,7 +213,7 @@ def policy_of(project: Project, stage: Stage) -> ReleasePolicy:
     if stage not in rows:
         what = f"stage {stage} has no policy: matrix.toml has {', '.join(rows) or 'none'}"
         remedy = f"add a table [release.{stage}]"
-        raise errors.UnknownStageError(what, where=str(project.root), remedy=remedy)
+        raise errors.UnknownStageError(what, where=project.root, remedy=remedy)
     return rows[stage]
 
 
@@ -257,7 +257,7 @@ def _uncommitted(gate: Gate) -> Iterator[ForgeError]:
         remedy = "commit them, or remove them: git status"
     else:
         return
-    yield errors.RequirementError(what, where=str(gate.project.root), remedy=remedy)
+    yield errors.RequirementError(what, where=gate.project.root, remedy=remedy)
 
 
 def _unlocked(gate: Gate) -> Iterator[ForgeError]:
@@ -266,7 +266,7 @@ def _unlocked(gate: Gate) -> Iterator[ForgeError]:
         locked = f"the lock is of {lock.sha256[:12]}" if lock else "there is no lock"
         what = f"the compiled kernels {gate.prewarm[:12]} are not locked: {locked}"
         remedy = f"nox -s forge -- gpu prewarm {gate.cell.sku_name} FOLDER, and commit the lock"
-        yield errors.RequirementError(what, where=str(path), remedy=remedy)
+        yield errors.RequirementError(what, where=path, remedy=remedy)
 
 
 def _unproven(gate: Gate) -> Iterator[ForgeError]:

@@ -165,13 +165,13 @@ def _download(
         except ValueError as error:
             what = f"{manifest.digest} is not an OCI image: {first_problem(error)}"
             remedy = "give the digest of one platform's manifest"
-            raise MirrorError(what, where=str(repository.reference), remedy=remedy) from None
+            raise MirrorError(what, where=repository.reference, remedy=remedy) from None
         if target.exists():
             image = read_image(target)
             if f"sha256:{image.digest}" != manifest.digest:
                 what = f"the folder holds another image: sha256:{image.digest}"
                 remedy = f"give another folder for {manifest.digest}, or delete this one"
-                raise MirrorError(what, where=str(target), remedy=remedy)
+                raise MirrorError(what, where=target, remedy=remedy)
             verify(image)
         bundles = [row for row in attached if row.artifact_type == MEDIA_TYPE]
         kept = set(bundles_of(target).values())

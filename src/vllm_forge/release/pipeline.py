@@ -168,7 +168,7 @@ def _bundles(job: Job, gate: Gate, evidence: Evidence) -> Iterator[tuple[str, by
     image = images.read_image(job.plan.target)
     if (record := read_record(job.plan.record_path)) is None:
         what, remedy = "the record of the build is gone", "run the same command again"
-        raise BuildRecordError(what, where=str(job.plan.record_path), remedy=remedy)
+        raise BuildRecordError(what, where=job.plan.record_path, remedy=remedy)
     if not evidence.signed("sbom"):
         document = make_sbom(gate.project, gate.cell, image, record)
         sbom = statements.image_statement(gate.cell, image, statements.SBOM, document)

@@ -87,7 +87,7 @@ class Published:
             if (actual := file_digest(layer.blob.path)) != layer.blob.digest:
                 what = f"blob {layer.blob.digest} has sha256 {actual}"
                 remedy = "get the folder again from where it was published"
-                raise LayoutError(what, where=str(layer.blob.path), remedy=remedy)
+                raise LayoutError(what, where=layer.blob.path, remedy=remedy)
         return fetched
 
 
@@ -99,7 +99,7 @@ def from_registry(reference: Reference, ca: Path | None = None) -> Published:
     """
     if (name := reference.digest or reference.tag) is None:
         what, remedy = "the image has neither a tag nor a digest", "give HOST/NAME:TAG or @DIGEST"
-        raise UsageError(what, where=str(reference), remedy=remedy)
+        raise UsageError(what, where=reference, remedy=remedy)
     repository = Repository(reference, ca=ca)
     found = repository.manifest(name)
     where = reference.at(found.digest)
@@ -111,7 +111,7 @@ def from_registry(reference: Reference, ca: Path | None = None) -> Published:
     except MALFORMED as error:
         what = f"not an image of vllm-forge: {error!r}"
         remedy = "give the reference of an image that vllm-forge released"
-        raise RegistryContentError(what, where=str(where), remedy=remedy) from None
+        raise RegistryContentError(what, where=where, remedy=remedy) from None
     blobs = {blob.digest: blob for blob in found.blobs()}
 
     def download(layers: Sequence[ImageLayer], folder: Path) -> None:
@@ -143,7 +143,7 @@ def from_layout(path: Path) -> Published:
         image = _image(f"sha256:{image.digest}", image.manifest, image.config, path)
     except MALFORMED as error:
         what, remedy = f"not an image of vllm-forge: {error!r}", "give the folder of a mirror"
-        raise LayoutError(what, where=str(path), remedy=remedy) from None
+        raise LayoutError(what, where=path, remedy=remedy) from None
     return Published(
         where=f"{path}@sha256:{image.digest}", tag=None, image=image,
         attached=tuple(read_bundles(attest_folder(path))),
@@ -178,7 +178,7 @@ def read_bundles(folder: Path) -> Iterator[Attached]:
             yield Attached(where=str(path), stated=stated, content=read_plain(path, LARGEST))
         except (OSError, ValueError) as error:
             what, remedy = f"cannot read a bundle: {error}", "see who wrote it, and get it again"
-            fault = BundleFileError(what, where=str(path), remedy=remedy)
+            fault = BundleFileError(what, where=path, remedy=remedy)
             yield Attached(where=str(path), stated=stated, error=fault)
 
 

@@ -68,7 +68,7 @@ def require_commit(root: Path, commit: str) -> None:
     if git(root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
         what = f"commit {commit}, which the provenance names, is not in this checkout"
         remedy = "run in a checkout of the project, after: git fetch --all"
-        raise CommitMissingError(what, where=str(root), remedy=remedy)
+        raise CommitMissingError(what, where=root, remedy=remedy)
 
 
 def compare(published: Published, built: Image, work: Path) -> list[str]:

@@ -69,7 +69,7 @@ class Referrer:
             raise RegistryContentError(
                 f"{self.manifest.digest} is not a bundle: expected one layer of at most "
                 f"{LARGEST} bytes",
-                where=str(repository.reference),
+                where=repository.reference,
                 remedy="see who attached it",
             )
         return repository.blob(layers[0].digest, layers[0].size)
@@ -94,7 +94,7 @@ def referrers(repository: Repository, digest: str) -> tuple[Referrer, ...]:
     if excess:
         what = f"more than {excess} are attached to {digest}"
         remedy = "see who attaches them, and delete what is not needed"
-        raise RegistryContentError(what, where=str(repository.reference), remedy=remedy)
+        raise RegistryContentError(what, where=repository.reference, remedy=remedy)
     return tuple(found)
 
 
@@ -163,7 +163,7 @@ def _fallback(repository: Repository, digest: str) -> list[Any]:
     if not isinstance(rows, list):
         raise RegistryContentError(
             f"tag {tag} is not a list of what is attached to {digest}",
-            where=str(repository.reference),
+            where=repository.reference,
             remedy="see who wrote it, and delete the tag; what is listed nowhere else must be "
             "attached again",
         )

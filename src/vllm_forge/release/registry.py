@@ -154,7 +154,7 @@ class Repository:
             return manifest
         raise ManifestMissingError(
             f"{name} not found in the registry",
-            where=str(self.reference),
+            where=self.reference,
             remedy="check name and tag; a private repository may look missing without a login: "
             + LOGIN,
         )
@@ -250,7 +250,7 @@ class Repository:
         if (actual := self.resolve(tag)) != digest:
             what = f"tag {tag} was set to {digest} and resolves to {actual}"
             remedy = "someone else moved it at the same time: see who, then run this again"
-            raise RegistryContentError(what, where=str(self.reference), remedy=remedy)
+            raise RegistryContentError(what, where=self.reference, remedy=remedy)
 
     def tags(self) -> tuple[str, ...]:
         """All tags; none of a repository that does not exist. What cannot be one is left out."""

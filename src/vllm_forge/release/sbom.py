@@ -122,7 +122,7 @@ def _read(wheel: LockedWheel) -> WheelContents:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
         what = f"cannot read what {wheel.filename} has: {error}"
         remedy = "ask its authors; until then, lock another version"
-        raise SbomError(what, where=str(path), remedy=remedy) from None
+        raise SbomError(what, where=path, remedy=remedy) from None
     return WheelContents(license=licenses, sboms=sboms, vendored=tuple(vendored))
 
 
@@ -151,7 +151,7 @@ def require_own_image(
     if other := [f"{name} {b}, not {a}" for name, (a, b) in rows.items() if a != b]:
         what = f"the record of the image is not of this checkout: {'; '.join(other)}"
         remedy = "build the image again"
-        raise BuildRecordError(what, where=str(image.path), remedy=remedy)
+        raise BuildRecordError(what, where=image.path, remedy=remedy)
 
 
 def locked_debs(
@@ -323,7 +323,7 @@ def find(document: Document, export: Path) -> tuple[list[Vulnerability], list[st
     except UNREADABLE as error:
         what = f"not an export of OSV for {ECOSYSTEM}: {printable(str(error))}"
         remedy = f"download {ECOSYSTEM}/all.zip again"
-        raise OsvError(what, where=str(export), remedy=remedy) from None
+        raise OsvError(what, where=export, remedy=remedy) from None
     return sorted(known), [f"{count} packages of type {kind}" for kind, count in others.items()]
 
 

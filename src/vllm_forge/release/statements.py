@@ -200,7 +200,7 @@ def _dependencies(project: Project, cell: ImageCell, stack: dict[str, Any]) -> I
         what = "the checkout has no commit" if commit is None else f"{len(changed)} files differ"
         remedy = "commit what was built, and build again"
         raise ProvenanceError(
-            f"a provenance names a commit, and {what}", where=str(project.root), remedy=remedy
+            f"a provenance names a commit, and {what}", where=project.root, remedy=remedy
         )
     source = remote_uri(project.root)
     uri = f"git+{source}@{commit}" if source else None
@@ -262,7 +262,7 @@ def receipt_bundle(receipt: Receipt) -> bytes:
     for key, signature in receipt.signatures:
         return wrap(receipt.statement.content, signature, key)
     what, remedy = "an unsigned receipt cannot be attached", "sign it: receipts sign RECEIPT --key"
-    raise ReceiptKeyError(what, where=str(receipt.path), remedy=remedy)
+    raise ReceiptKeyError(what, where=receipt.path, remedy=remedy)
 
 
 class VexRow(FrozenModel):

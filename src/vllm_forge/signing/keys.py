@@ -249,9 +249,9 @@ def _reason(error: Exception) -> str:
 
 
 def _key_file(path: Path, what: str, remedy: str = MAKE) -> errors.KeyFileError:
-    return errors.KeyFileError(what, where=str(path), remedy=remedy)
+    return errors.KeyFileError(what, where=path, remedy=remedy)
 
 
 def _keyring(path: Path, why: str) -> errors.KeyringError:
     remedy = f"keep {TABLE} and a NAME.pem for each of its rows there, and nothing else"
-    return errors.KeyringError(f"invalid keyring: {why}", where=str(path), remedy=remedy)
+    return errors.KeyringError(f"invalid keyring: {why}", where=path, remedy=remedy)
