@@ -153,11 +153,9 @@ def _require_place(verified: Verified, name: str, item: Attached) -> None:
 def _require_subject(verified: Verified, digest: str, where: str) -> None:
     if not (statement := verified.statement).has_subject(digest):
         named = ", ".join(f"{k}:{v}" for row in statement.subject for k, v in row.digest.items())
-        raise errors.StatementSubjectError(
-            f"it is about another image: {printable(named)}, not {digest}",
-            where=where,
-            remedy="somebody moved it here: get the statements of this image",
-        )
+        what = f"it is about another image: {printable(named)}, not {digest}"
+        remedy = "somebody moved it here: get the statements of this image"
+        raise errors.StatementSubjectError(what, where=where, remedy=remedy)
 
 
 def slsa_level(provenances: Sequence[Verified]) -> int:

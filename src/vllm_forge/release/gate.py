@@ -338,17 +338,13 @@ def _untested(gate: Gate) -> Iterator[ForgeError]:
         if tier not in waivers:
             yield finding
         elif waivers[tier].expired(gate.now):
-            yield errors.RequirementError(
-                f"the waiver of tier {tier} expired at the end of {waivers[tier].until}",
-                where="--until",
-                remedy="run the tier, or decide again with a later date",
-            )
+            what = f"the waiver of tier {tier} expired at the end of {waivers[tier].until}"
+            remedy = "run the tier, or decide again with a later date"
+            yield errors.RequirementError(what, where="--until", remedy=remedy)
     for tier in waivers.keys() - missing.keys() if gate.digest else ():
-        yield errors.RequirementError(
-            f"the waiver of tier {tier} is not needed: its receipt is valid",
-            where=f"--waive {tier}",
-            remedy="leave it out, so that nobody reads that the tier was not run",
-        )
+        what = f"the waiver of tier {tier} is not needed: its receipt is valid"
+        remedy = "leave it out, so that nobody reads that the tier was not run"
+        yield errors.RequirementError(what, where=f"--waive {tier}", remedy=remedy)
 
 
 def _receipt_fault(gate: Gate, tier: str) -> ForgeError | None:

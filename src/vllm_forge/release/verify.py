@@ -125,11 +125,9 @@ class Verification:
     def _same(self, what: str, expected: dict[str, Any], actual: dict[str, Any]) -> None:
         rows = differences(expected, actual) if expected != actual else ()
         if rows:
-            raise errors.ImageContentError(
-                f"{what}: {printable('; '.join(shortened(rows, SHOWN)))}",
-                where=self.published.where,
-                remedy="do not use it: what is signed and what is in the image differ",
-            )
+            text = f"{what}: {printable('; '.join(shortened(rows, SHOWN)))}"
+            remedy = "do not use it: what is signed and what is in the image differ"
+            raise errors.ImageContentError(text, where=self.published.where, remedy=remedy)
 
     def _about(self, what: str, **stated: str) -> None:
         """Compare what a statement says of the image with its stack.json."""
@@ -275,11 +273,9 @@ class Verification:
             "waivers": [row.model_dump(mode="json") for row in detail.waivers],
         }  # fmt: skip
         for what in self._contradictions(decision):
-            raise errors.DecisionError(
-                f"decision: {what}",
-                where=self.published.where,
-                remedy="do not use this image under this name; ask who released it",
-            )
+            text, where = f"decision: {what}", self.published.where
+            remedy = "do not use this image under this name; ask who released it"
+            raise errors.DecisionError(text, where=where, remedy=remedy)
 
     def _contradictions(self, decision: Decision) -> Iterator[str]:
         present = {
