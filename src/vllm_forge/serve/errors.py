@@ -33,4 +33,4 @@ class NotJudgedError(ForgeError, exit_code=UNDECIDED):
 
 
 class ModelFolderError(ForgeError, exit_code=RED):
-    """A local folder does not hold the artifact that it is to be served as."""
+    """A local folder does not hold the artifact that it is to be served as, or not readably."""

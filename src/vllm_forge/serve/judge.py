@@ -3,6 +3,8 @@
 The image's own vLLM answers, in a container without network, GPU and rights: no root is needed.
 """
 
+import shlex
+import stat
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -72,14 +74,16 @@ def ask(runner: Runner, deployment: Deployment, image: str, engine: str) -> Answ
 
 
 def require_model(deployment: Deployment) -> None:
-    """Raise ModelFolderError unless the local folder is the artifact, by its manifest.
+    """Raise ModelFolderError unless the local folder is the artifact, and the container sees it.
 
-    By the model's sizes, and by names, dtypes and shapes of all tensors, as inspect compares them.
+    By its manifest: sizes of the model, names, dtypes and shapes of all tensors, as inspect
+    compares them.
     """
     name, folder = deployment.artifact_name, deployment.model
     if folder is None or not folder.is_dir() or ":" in str(folder):
         what = f"invalid --model {folder}: expected a folder, without a colon in its path"
         raise UsageError(what)
+    _require_visible(folder)
     if name not in manifests():
         what = f"nothing says what {name} holds: it has no manifest"
         raise ModelFolderError(what, where=str(folder), remedy="name another --artifact")
@@ -94,6 +98,24 @@ def require_model(deployment: Deployment) -> None:
         what = f"this is not {name}:\n  " + "\n  ".join(wrong)
         remedy = f"name its --artifact; or see: checkpoint inspect {folder}"
         raise ModelFolderError(what, where=str(folder), remedy=remedy)
+
+
+def _require_visible(folder: Path) -> None:
+    """Raise ModelFolderError for what the image's user, 10001 of group 0, cannot read.
+
+    Files of the Hub's cache are links out of the folder, which alone is mounted.
+    """
+    for path in (folder, *sorted(folder.glob("[!.]*"))):
+        if not path.resolve().is_relative_to(folder.resolve()):
+            what = "a link out of the folder: the container does not see the file"
+            remedy = "give a folder of plain files: hf download NAME --local-dir DIR"
+            raise ModelFolderError(what, where=str(path), remedy=remedy)
+        status = path.stat()
+        bits = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(status.st_mode) else 0)
+        if status.st_mode & bits != bits and (status.st_gid or status.st_mode >> 3 & bits != bits):
+            what = "the image's user (10001, group 0) cannot read this"
+            remedy = f"chmod -R go+rX {shlex.quote(str(folder))}"
+            raise ModelFolderError(what, where=str(path), remedy=remedy)
 
 
 def require_served(deployment: Deployment, rows: Rows, image: str | None, engine: str) -> str:

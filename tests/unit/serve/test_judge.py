@@ -217,6 +217,23 @@ def test_model_folder_must_hold_the_artifact(
     monkeypatch.setattr("vllm_forge.serve.judge.artifact_config", lambda _: tiny)
     assert main(argv) == 0
     assert f"--volume={folder}:/model:ro" in capsys.readouterr().out
+    shard = next(folder.glob("*.safetensors"))
+    shard.chmod(0o600)  # as under umask 077
+    assert main(argv) == ModelFolderError.exit_code
+    err = capsys.readouterr().err
+    assert "cannot read this" in err and f"chmod -R go+rX {folder}" in err
+    shard.chmod(0o640)
+    red = ModelFolderError.exit_code
+    assert main(argv) == (red if shard.stat().st_gid else 0), "the image's user is of group 0"
+    folder.chmod(0o744)
+    assert main(argv) == ModelFolderError.exit_code
+    folder.chmod(0o755)
+    blob = shard.rename(tmp_path / "blob")
+    shard.symlink_to(blob)  # as in the Hub's cache
+    capsys.readouterr()
+    assert main(argv) == ModelFolderError.exit_code
+    assert "a link out of the folder" in capsys.readouterr().err
+    blob.rename(shard)
     assert main([*argv, "--artifact=flash-w4a16-fp8-mtp"]) == ModelFolderError.exit_code
     assert "this is not flash-w4a16-fp8-mtp" in capsys.readouterr().err
     assert main([*argv[:-1], f"--model={tmp_path / 'none'}"]) == 2
