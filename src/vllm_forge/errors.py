@@ -85,7 +85,8 @@ def problems(error: ValidationError, model: Any = None) -> list[str]:
             *parents, key = item["loc"]
             rows.append(f"unknown key {place}{suggestion(str(key), _fields_at(model, parents))}")
         else:
-            message = item["msg"].replace("a valid tuple", "a list")  # as TOML and JSON say
+            message = item["msg"].removeprefix("Value error, ")  # of a check of our own
+            message = message.replace("a valid tuple", "a list")  # as TOML and JSON say
             rows.append(f"{place}: {message}" if place else message)
     return rows
 

@@ -69,7 +69,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
     if args.provision:
         images.provision(runner)
     if args.builder is not None and args.engine is not None:
-        raise UsageError("--builder and --engine exclude each other")
+        raise UsageError("--builder and --engine exclude each other", remedy="give one of them")
     engine = images.choose_engine(args.engine, dry_run=args.dry_run, builder=args.builder or "")
     if engine.name != "docker" and os.geteuid() != 0 and not args.dry_run:
         as_namespace_root()
@@ -113,7 +113,9 @@ def as_namespace_root() -> NoReturn:
     """Go on as root of a user namespace; buildah maps the user's subordinate ids."""
     buildah = which("buildah")
     if buildah is None:
-        raise ToolMissingError("buildah is not installed")
+        raise ToolMissingError(
+            "buildah is not installed", remedy="install it, or build with docker"
+        )
     argv = [buildah, "unshare", "--", sys.executable, "-m", "vllm_forge", *sys.argv[1:]]
     os.execv(buildah, argv)  # noqa: S606
 
@@ -123,7 +125,8 @@ def _push_target(text: str) -> "Reference":
 
     reference = Reference.parse(text)
     if reference.digest is not None:
-        raise UsageError(f"invalid --push {reference}: expected HOST[:PORT]/NAME[:TAG]")
+        what = f"invalid --push {reference}: expected HOST[:PORT]/NAME[:TAG]"
+        raise UsageError(what, remedy="leave the digest out: it is what is built")
     return reference
 
 
@@ -143,7 +146,7 @@ def _next_command(project: Project, cell: ImageCell, args: argparse.Namespace) -
     from vllm_forge.serve.command import build_command
 
     if not args.load and not args.push:
-        return build_command(cell)
+        return build_command(project.matrix, cell)
     options = f"--sku {cell.sku_name} --line {cell.line_name}"
     presets = list(presets_of(project.matrix, cell.sku_name).values())
     if not presets:

@@ -167,17 +167,18 @@ def _works(project: Project, args: argparse.Namespace) -> list["Work"]:
 
 def _cells(project: Project, args: argparse.Namespace) -> list[ImageCell]:
     """SKUs x lines, without pairs that a line does not support; those are listed as not run."""
-    cells, refused = [], None
+    cells, refused = dict[str, ImageCell](), None  # a SKU may be named by its arch, too
     for sku in args.skus:
         for line in args.lines or [None]:
             try:
-                cells.append(project.cell(sku, line))
+                cell = project.cell(sku, line)
+                cells[cell.name] = cell
             except UnsupportedCellError as error:
                 refused = error
                 console.print(f"not run: {error.what}", markup=False)
     if refused is not None and not cells:
         raise refused
-    return cells
+    return list(cells.values())
 
 
 def status(project: Project, args: argparse.Namespace) -> None:

@@ -111,7 +111,8 @@ def install(project: Project, args: argparse.Namespace) -> None:
     python = find_python(args.python)
     target = probe(python)
     if target.site is None and args.revert:
-        raise InstalledStateError("no vLLM is installed there", where=python)
+        remedy = "name the interpreter that has it with --python"
+        raise InstalledStateError("no vLLM is installed there", where=python, remedy=remedy)
     repo = SourceRepo()
     applied = check_line(project, name, repo)
     if target.site is None:
@@ -130,6 +131,8 @@ def _install_release(lock_path: Path, line: Line, python_version: str, python: P
     """The line's pinned vLLM: all of the lock where the Python is the lock's."""
     from uv import find_uv_bin
 
+    from vllm_forge.sources.index import index_url
+
     argv = [find_uv_bin(), "pip", "install", f"--python={python}"]
     if python_version == line.python:
         argv += ["--require-hashes", "--no-deps", f"--requirements={lock_path}"]
@@ -139,7 +142,8 @@ def _install_release(lock_path: Path, line: Line, python_version: str, python: P
             "itself is pinned, its dependencies are what the index offers today"
         )
         argv += [f"vllm=={line.vllm}", f"torch=={line.torch}"]
-    Runner().run(argv)
+    # Not an option: every user of the host can read a command line. pip.conf is not uv's.
+    Runner().run(argv, env={"UV_DEFAULT_INDEX": index_url()})
 
 
 def select(project: Project, args: argparse.Namespace) -> None:

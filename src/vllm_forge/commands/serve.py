@@ -167,7 +167,7 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
     from vllm_forge.serve.command import bare_command, build_command
     from vllm_forge.serve.plan import chat_note, first_start, issue_notes
 
-    build = build_command(deployment.cell)
+    build = build_command(deployment.matrix, deployment.cell)
     what = f"its image is not built here: {build}"
     if digest is not None:
         what = f"image {digest}; if the engine lacks it: {build}"

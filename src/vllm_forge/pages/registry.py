@@ -23,6 +23,7 @@ from vllm_forge.pages.sessions import sessions
 from vllm_forge.pages.status import status
 from vllm_forge.patches import read_series
 from vllm_forge.project import Project
+from vllm_forge.serve.command import build_session
 from vllm_forge.serve.deployment import presets_of
 
 
@@ -42,12 +43,9 @@ def skus_table(project: Project) -> str:
     """One row per SKU: its build command and its presets."""
     matrix = project.matrix
     rows = []
-    arches = [sku.arch for sku in matrix.sku.values()]
     for name, sku in matrix.sku.items():
-        alone = arches.count(sku.arch) == 1  # as noxfile.py names its sessions
-        session = f"nox -s build-{sku.arch.replace('_', '') if alone else name}"
         presets = ", ".join(f"`{preset}`" for preset in presets_of(matrix, name))
-        rows.append([sku.device, name, f"`{session}`", presets])
+        rows.append([sku.device, name, f"`{build_session(matrix, name)}`", presets])
     return table(["GPU", "SKU", "build", "presets"], rows)
 
 

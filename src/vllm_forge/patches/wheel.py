@@ -278,7 +278,8 @@ def probe(python: Path) -> Installed:
         target = Installed.model_validate_json(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
         what = f"the interpreter does not run: {done.stderr.strip()[-300:]}"
-        raise errors.NoEnvironmentError(what, where=python) from None
+        remedy = "make the environment again: python3 -m venv DIR"
+        raise errors.NoEnvironmentError(what, where=python, remedy=remedy) from None
     if target.editable:
         what = "vLLM is installed from a source tree (editable)"
         remedy = "apply patches/vllm/<line>/*.patch to that tree with git am or git apply"

@@ -13,7 +13,7 @@ from vllm_forge.errors import UsageError
 from vllm_forge.host import Probe, gpu_container, hash_of, read_plain, which
 from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.host.probe import GPU_QUERY, Gpu
-from vllm_forge.matrix import FrozenModel, ImageCell, flags, serve_arguments
+from vllm_forge.matrix import FrozenModel, ImageCell, Matrix, flags, serve_arguments
 from vllm_forge.matrix.model import Container
 from vllm_forge.serve.deployment import KEY, Deployment
 from vllm_forge.serve.doctor import fitting_gpus, listed_gpus
@@ -237,7 +237,13 @@ def read_key(path: Path) -> str:
     return key
 
 
-def build_command(cell: ImageCell) -> str:
+def build_session(matrix: Matrix, sku: str) -> str:
+    """A SKU's session of noxfile.py: those that share an arch go by their own names."""
+    arch = matrix.sku[sku].arch
+    alone = [row.arch for row in matrix.sku.values()].count(arch) == 1
+    return f"nox -s build-{arch.replace('_', '') if alone else sku}"
+
+
+def build_command(matrix: Matrix, cell: ImageCell) -> str:
     """The command that builds the cell's image and loads it into the engine."""
-    line = f" --line {cell.line_name}"
-    return f"nox -s build-{cell.sku.arch.replace('_', '')} --{line} --load"
+    return f"{build_session(matrix, cell.sku_name)} -- --line {cell.line_name} --load"

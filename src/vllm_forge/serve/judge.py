@@ -82,7 +82,7 @@ def require_model(deployment: Deployment) -> None:
     name, folder = deployment.artifact_name, deployment.model
     if folder is None or not folder.is_dir() or ":" in str(folder):
         what = f"invalid --model {folder}: expected a folder, without a colon in its path"
-        raise UsageError(what)
+        raise UsageError(what, remedy="give one that exists, or rename it")
     _require_visible(folder)
     if name not in manifests():
         what = f"nothing says what {name} holds: it has no manifest"
@@ -96,7 +96,8 @@ def require_model(deployment: Deployment) -> None:
     wrong = wrong or [f"{row.title}: {row.what}" for row in departures(profile, name)]
     if wrong:
         what = f"this is not {name}:\n  " + "\n  ".join(wrong)
-        remedy = f"name its --artifact; or see: checkpoint inspect {folder}"
+        see = f"nox -s forge -- checkpoint inspect {shlex.quote(str(folder))}"
+        remedy = f"name its --artifact; or see: {see}"
         raise ModelFolderError(what, where=str(folder), remedy=remedy)
 
 

@@ -78,7 +78,7 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
         },
         "image": {
             "digest": "not built here" if digest is None else digest,
-            "build": build_command(cell),
+            "build": build_command(matrix, cell),
             "receipts": receipts.lines(project.root),
             "network": first_start(project, cell) or NONE,
         },

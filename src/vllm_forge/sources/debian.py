@@ -121,7 +121,8 @@ def parse_index(text: str, wanted: Set[tuple[str, str]]) -> list[DebianPackage]:
             )
     if missing := wanted - known.keys():
         names = ", ".join(" ".join(key) for key in sorted(missing))
-        raise DistributionNotFoundError(f"the archive's lists have no {names}")
+        what, remedy = f"the archive's lists have no {names}", f"try another mirror, then: {AGAIN}"
+        raise DistributionNotFoundError(what, remedy=remedy)
     return list(known.values())
 
 

@@ -59,7 +59,8 @@ class Lock:
         for wheel in self.wheels:
             if wheel.name == name:
                 return wheel
-        raise errors.LockFileError(f"the lock has no {name}", where=self.path)
+        remedy = "make the lock again: nox -s lock -- --line LINE"
+        raise errors.LockFileError(f"the lock has no {name}", where=self.path, remedy=remedy)
 
 
 def input_digest(line: Line, base: Base) -> str:
@@ -219,7 +220,8 @@ def choose_wheel(
             ranked.setdefault(min(ranks), file)
     if not ranked:
         what = f"{name} {version} has no wheel for the image's platform"
-        raise errors.DistributionNotFoundError(what)
+        remedy = "constrain it in the line's row to a version with one, or use another index"
+        raise errors.DistributionNotFoundError(what, remedy=remedy)
     best = ranked[min(ranked)]
     sha256, size = pins(best)
     return LockedWheel(name=name, version=version, filename=best.filename, size=size, sha256=sha256)

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from tests.support.index_server import IndexServer, Served
 from tests.support.project import make_project
 from tests.support.site import make_site
 from vllm_forge.cli import main
+from vllm_forge.commands.dispatch import _cells
 from vllm_forge.dispatch.builds import (
     LineBuild,
     Rates,
@@ -234,6 +236,11 @@ def test_unknown_partition_is_refused_before_anything_is_downloaded(site: Site) 
     with pytest.raises(ClusterMismatchError, match=r"slurm\.build\.partition: no partition 'cpu'"):
         prepare(text, site, "r1", lambda _: "cpus|(null)|infinite")
     assert not Path(site.storage.root, "builds").exists()
+
+
+def test_sku_that_is_named_twice_is_built_once() -> None:
+    cells = _cells(Project(REPO), Namespace(skus=["b300", "sm_103a"], lines=["0.26"]))
+    assert [cell.name for cell in cells] == [Project(REPO).cell("b300", "0.26").name]
 
 
 def test_site_without_a_partition_for_builds_is_refused(tmp_path: Path) -> None:

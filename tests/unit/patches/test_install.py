@@ -14,6 +14,9 @@ import pytest
 from uv import find_uv_bin
 
 from tests.support.project import PATCHED, REPO, Project, make_project
+from vllm_forge.commands.patch import _install_release
+from vllm_forge.host import Runner
+from vllm_forge.matrix import load
 from vllm_forge.patches.errors import NoEnvironmentError
 from vllm_forge.patches.wheel import probe
 
@@ -286,3 +289,19 @@ def test_interpreter_without_an_answer_is_reported(answer: str, tmp_path: Path) 
     python.chmod(0o755)
     with pytest.raises(NoEnvironmentError, match="does not run"):
         probe(python)
+
+
+def test_release_comes_from_the_index_of_pip(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """uv reads no setting of pip; and no command line has the index, which may have a password."""
+    for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://u:p@mirror.test/simple")
+    asked: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(Runner, "run", lambda _, argv, env=None: asked.append((argv, env or {})))
+    line = load(REPO).line["0.26"]
+    _install_release(tmp_path / "lock.txt", line, line.python, tmp_path / "python")
+    ((argv, env),) = asked
+    assert env == {"UV_DEFAULT_INDEX": "http://u:p@mirror.test/simple"}
+    assert not any("mirror.test" in word for word in argv)

@@ -209,19 +209,21 @@ def test_model_folder_must_hold_the_artifact(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By sizes, names, dtypes and shapes; a folder's name says nothing."""
-    folder = layout(tmp_path, "card")
+    folder = layout(tmp_path / "a b", "card")
     argv = ["serve", "--sku=rtxpro6000", "--preset=tp2-mtp", "--print", f"--model={folder}"]
     assert main(argv) == ModelFolderError.exit_code
-    assert "num_hidden_layers is 3, not 43" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "num_hidden_layers is 3, not 43" in err
+    assert f"checkpoint inspect '{folder}'" in err.replace("\n", "")
     tiny = json.loads((folder / "config.json").read_text())
     monkeypatch.setattr("vllm_forge.serve.judge.artifact_config", lambda _: tiny)
     assert main(argv) == 0
-    assert f"--volume={folder}:/model:ro" in capsys.readouterr().out
+    assert f"'--volume={folder}:/model:ro'" in capsys.readouterr().out
     shard = next(folder.glob("*.safetensors"))
     shard.chmod(0o600)  # as under umask 077
     assert main(argv) == ModelFolderError.exit_code
     err = capsys.readouterr().err
-    assert "cannot read this" in err and f"chmod -R go+rX {folder}" in err
+    assert "cannot read this" in err and f"chmod -R go+rX '{folder}'" in err
     shard.chmod(0o640)
     red = ModelFolderError.exit_code
     assert main(argv) == (red if shard.stat().st_gid else 0), "the image's user is of group 0"

@@ -446,8 +446,8 @@ def test_api_key_goes_through_the_environment_alone(
         (["--replica=0"], "--replica:"), (["--name=-x"], "--name"), (["--image=-v"], "--image"),
         (["--gpu-ids=0,,1"], "--gpu-ids"), (["--env=A B"], "--env"), (["--env==x"], "--env"),
         (["--env=VLLM_API_KEY=s3cret"], "--api-key-file"), (["--", "--port=1"], "--port after --"),
-        (["--gpu-ids=0,1,1,2"], "given twice"), (["--", "--host=127.0.0.1"], "--host after --"),
-        (["--env=CUDA_VISIBLE_DEVICES=4"], "choose GPUs by --gpu-ids"),
+        (["--gpu-ids=0,1,1,2"], "invalid --gpu"), (["--", "--host=127.0.0.1"], "--host after --"),
+        (["--env=CUDA_VISIBLE_DEVICES=4"], "invalid --env CUDA_VISIBLE_DEVICES: choose"),
         (["--env=NVIDIA_VISIBLE_DEVICES"], "choose GPUs by --gpu-ids"),
         (["--print", "--k8s"], "not allowed with"),
     ],
@@ -557,4 +557,6 @@ def test_serving_becomes_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_build_command_is_a_session(matrix: Matrix, root: Path) -> None:
     cell = image_cell(matrix, "b300", "0.22")
-    assert build_command(cell) == "nox -s build-sm103a -- --line 0.22 --load"
+    assert build_command(matrix, cell) == "nox -s build-sm103a -- --line 0.22 --load"
+    twin = matrix.model_copy(update={"sku": matrix.sku | {"twin": matrix.sku["b300"]}})
+    assert build_command(twin, cell) == "nox -s build-b300 -- --line 0.22 --load"
