@@ -130,6 +130,37 @@ def test_payload_of_another_type_is_refused(tmp_path: Path, signed: bytes) -> No
         check(tmp_path, content)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row.pop("_type"),
+        lambda row: row.update(kind=row.pop("_type")),  # as the fields are called in Python
+        lambda row: row.update(predicate_type=row.pop("predicateType")),
+        lambda row: row.update(more=1),
+        lambda row: row.update(subject=[]),
+        lambda row: row.update(subject=[{"name": "image"}]),
+        lambda row: row.update(predicate=7),
+    ],
+)
+def test_payload_that_is_not_a_statement_is_refused(
+    tmp_path: Path, signed: bytes, change: Callable[[dict[str, Any]], object]
+) -> None:
+    """Signed by a trusted key, and read in one way by us and in another by other programs."""
+    del signed  # of which the key is used
+    content = edited(statement(), change)
+    with pytest.raises(BundleError, match=r"its (payload is not a|statement lacks or adds)"):
+        check(tmp_path, sign(content, load_private(tmp_path / "ours/key.pem")))
+
+
+def test_subject_may_have_the_other_fields_of_in_toto(tmp_path: Path, signed: bytes) -> None:
+    del signed
+    subject = {"digest": {"sha256": "5" * 64}, "uri": "https://registry.example/x"}
+    content = edited(statement(), lambda row: row.update(subject=[subject]))
+    verified = check(tmp_path, sign(content, load_private(tmp_path / "ours/key.pem")))
+    assert verified.statement.has_subject(f"sha256:{'5' * 64}")
+    assert verified.content == content
+
+
 def test_second_signature_is_refused(tmp_path: Path, signed: bytes) -> None:
     """A bundle has one: readers that take the first, the last or any would differ."""
     stranger = load_private(key_pair(tmp_path / "theirs")[0])
