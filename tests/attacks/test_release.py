@@ -274,6 +274,18 @@ def set_at(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize(
+    ("name", "field", "ours"),
+    [("decision", "resourceUri", "resource"), ("provenance", "runDetails", "run")],
+)
+def test_field_by_a_name_that_others_do_not_read_is_refused(
+    released: Released, name: str, field: str, ours: str
+) -> None:
+    """What our code calls a field is not its name."""
+    released.change(name, lambda s: s["predicate"].update({ours: s["predicate"].pop(field)}))
+    assert f"{field}: Field required" in released.finding(errors.StatementContentError)
+
+
+@pytest.mark.parametrize(
     ("name", "change", "kind", "what"),
     [
         ("provenance", set_at(f"{PARAMETERS}.features", "x"),

@@ -47,14 +47,14 @@ def decide(
     digest = {"sha256": "d19e" * 16}
     decision = Decision(
         verifier=Verifier(id=VERIFIER, version={"vllm-forge": "0"}),
-        time=datetime(2026, 11, 30, tzinfo=UTC) - timedelta(days=days),
-        resource="pkg:oci/vllm",
+        timeVerified=datetime(2026, 11, 30, tzinfo=UTC) - timedelta(days=days),
+        resourceUri="pkg:oci/vllm",
         policy=Resource(uri="matrix.toml#release.release", digest=digest),
-        inputs=(),
-        result="PASSED",
-        levels=(),
-        slsa_version=SLSA_VERSION,
-        detail=Detail(stage="release", tags=("0.26-b300",), waivers=(waiver,)),
+        inputAttestations=(),
+        verificationResult="PASSED",
+        verifiedLevels=(),
+        slsaVersion=SLSA_VERSION,
+        vllmForge=Detail(stage="release", tags=("0.26-b300",), waivers=(waiver,)),
     )
     statement = Statement(
         subject=(Subject(name=cell or project.cell("b300", "0.26").name, digest=digest),),

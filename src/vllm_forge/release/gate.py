@@ -34,7 +34,6 @@ from vllm_forge.receipts.suite import read_suite
 from vllm_forge.receipts.verification import read_receipts
 from vllm_forge.release import errors
 from vllm_forge.release.evidence import DECISION, Evidence, slsa_level
-from vllm_forge.release.statements import Record
 
 VERIFIER = "https://vllm-forge.dev/gate"
 SLSA_VERSION = "1.2"
@@ -78,7 +77,7 @@ class Detail(FrozenModel):
     waivers: tuple[Waiver, ...] = ()
 
 
-class Decision(Record):
+class Decision(FrozenModel):
     """The predicate; unknown fields are refused."""
 
     verifier: Verifier
@@ -180,18 +179,18 @@ def make_decision(
     """The decision on an image that passed: on all statements that count, but earlier decisions."""
     return Decision(
         verifier=Verifier(id=VERIFIER, version={"vllm-forge": vllm_forge.__version__}),
-        time=time,
-        resource=resource(stack, str(gate.digest)),
+        timeVerified=time,
+        resourceUri=resource(stack, str(gate.digest)),
         policy=policy_of_stage(gate.stage, gate.policy),
-        inputs=tuple(
+        inputAttestations=tuple(
             Resource(uri=name, digest={"sha256": row.sha256})
             for name in sorted(evidence.named.keys() - {DECISION})
             for row in evidence.signed(name)
         ),
-        result="PASSED",
-        levels=(f"{LEVEL}{slsa_level(evidence.signers('provenance'))}",),
-        slsa_version=SLSA_VERSION,
-        detail=Detail(stage=gate.stage, tags=tags, waivers=gate.waivers),
+        verificationResult="PASSED",
+        verifiedLevels=(f"{LEVEL}{slsa_level(evidence.signers('provenance'))}",),
+        slsaVersion=SLSA_VERSION,
+        vllmForge=Detail(stage=gate.stage, tags=tags, waivers=gate.waivers),
     )
 
 

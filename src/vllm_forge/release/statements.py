@@ -21,7 +21,7 @@ from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 import vllm_forge
 from vllm_forge.host import git, head_commit, read_data
@@ -54,12 +54,6 @@ SCP = re.compile(r"^(?:[^@/]+@)?(?P<host>[^:/]+):(?P<path>[^/].*)$")  # git@host
 URL = re.compile(r"^(?P<scheme>https?|ssh|git)://(?:[^@/]*@)?(?P<rest>[^/].*)$")
 
 
-class Record(FrozenModel):
-    """A part of a statement, whose fields have other names there."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
-
 def image_statement(
     cell: ImageCell, image: Image, kind: str, predicate: dict[str, Any]
 ) -> Statement:
@@ -68,7 +62,7 @@ def image_statement(
     return Statement(subject=(subject,), predicate_type=kind, predicate=predicate)
 
 
-class BuildOptions(Record):
+class BuildOptions(FrozenModel):
     """Options of ``build``. ``prewarm``: hash of the set, which is not in the repository."""
 
     base: str
@@ -77,7 +71,7 @@ class BuildOptions(Record):
     kernels: bool = False
 
 
-class External(Record):
+class External(FrozenModel):
     """externalParameters: all that whoever started the build chose."""
 
     sku: str
@@ -85,19 +79,19 @@ class External(Record):
     options: BuildOptions
 
 
-class Dependency(Record):
+class Dependency(FrozenModel):
     name: str
     digest: dict[str, str] = Field(min_length=1)
     uri: str | None = None
 
 
-class Definition(Record):
+class Definition(FrozenModel):
     build_type: Literal["https://vllm-forge.dev/build/image/v1"] = Field(alias="buildType")
     external: External = Field(alias="externalParameters")
     dependencies: tuple[Dependency, ...] = Field(alias="resolvedDependencies")
 
 
-class Builder(Record):
+class Builder(FrozenModel):
     """``machine``: keyed hash of the host's id, to distinguish the hosts of two builds."""
 
     id: str
@@ -105,18 +99,18 @@ class Builder(Record):
     machine: str | None = Field(alias="vllmForge_machine", default=None)
 
 
-class Metadata(Record):
+class Metadata(FrozenModel):
     """``finished``: when the newest layer was written."""
 
     finished: AwareDatetime = Field(alias="finishedOn")
 
 
-class Run(Record):
+class Run(FrozenModel):
     builder: Builder
     metadata: Metadata
 
 
-class Provenance(Record):
+class Provenance(FrozenModel):
     """The predicate of SLSA provenance v1; unknown fields, parameters among them, are refused."""
 
     definition: Definition = Field(alias="buildDefinition")
@@ -163,18 +157,20 @@ def make_provenance(
     stack = record["stack"]
     newest = max(record["blobs"].values()) // 10**9
     provenance = Provenance(
-        definition=Definition(
-            build_type=BUILD_TYPE,
-            external=External(sku=cell.sku_name, line=cell.line_name, options=_options(record)),
-            dependencies=tuple(_dependencies(project, cell, stack)),
+        buildDefinition=Definition(
+            buildType=BUILD_TYPE,
+            externalParameters=External(
+                sku=cell.sku_name, line=cell.line_name, options=_options(record)
+            ),
+            resolvedDependencies=tuple(_dependencies(project, cell, stack)),
         ),
-        run=Run(
+        runDetails=Run(
             builder=Builder(
                 id=f"{BUILDER}/{key.public.id}" if key is not None else _workflow(),
                 version={"vllm-forge": vllm_forge.__version__},
-                machine=_machine(),
+                vllmForge_machine=_machine(),
             ),
-            metadata=Metadata(finished=datetime.fromtimestamp(newest, UTC)),
+            metadata=Metadata(finishedOn=datetime.fromtimestamp(newest, UTC)),
         ),
     )
     predicate = provenance.model_dump(mode="json", by_alias=True, exclude_none=True)
