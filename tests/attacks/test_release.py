@@ -260,6 +260,20 @@ def test_copies_and_foreign_statements_hide_nothing(
     assert "unknown predicate type: https://example.invalid/v1" in text
 
 
+@pytest.mark.parametrize("name", ["vllm-forge", "vllm source, patched"])
+def test_second_commit_or_tree_of_a_provenance_is_refused(released: Released, name: str) -> None:
+    """We would read the first, and others perhaps the last."""
+
+    def add(statement: dict[str, Any]) -> None:
+        rows = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+        rows.append({"name": name, "digest": {"gitCommit": "0" * 40, "gitTree": "0" * 40}})
+
+    released.change("provenance", add)
+    assert {type(row) for row in released.verify().findings} & {
+        errors.StatementContentError, errors.ImageContentError,
+    }  # fmt: skip
+
+
 def set_at(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     """A change of one field of a predicate."""
 

@@ -132,9 +132,9 @@ class Provenance(FrozenModel):
         return self._named(PATCHED).digest.get("gitTree", "")
 
     def _named(self, name: str) -> Dependency:
-        """The first dependency of this name; one without a digest where there is none."""
-        rows = (row for row in self.definition.dependencies if row.name == name)
-        return next(rows, Dependency.model_construct(name=name, digest={}))
+        """The one dependency of this name; without a digest where there is none, or another."""
+        rows = [row for row in self.definition.dependencies if row.name == name]
+        return rows[0] if len(rows) == 1 else Dependency.model_construct(name=name, digest={})
 
 
 def make_provenance(
