@@ -333,17 +333,27 @@ def test_statement_that_contradicts_is_refused(
     assert what in released.finding(kind)
 
 
-def test_receipt_of_another_cell_is_refused(released: Released) -> None:
+def add_gpu(statement: dict[str, Any]) -> None:
+    """A second one, of another kind."""
+    gpus = statement["predicate"]["vllmForge"]["gpus"]
+    gpus.append(gpus[0] | {"compute_capability": "1.0", "uuid_sha256": "0" * 64})
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [(set_at("vllmForge.sku", "beta"), "changed sku"), (add_gpu, "changed compute_capability")],
+)
+def test_receipt_of_another_cell_is_refused(released: Released, change: Any, what: str) -> None:
     """Also where the decision relies on it."""
-    released.change("receipt-server", set_at("vllmForge.sku", "beta"))
+    released.change("receipt-server", change)
     digest = hashlib.sha256(read(released.bundle("receipt-server").read_bytes()).statement)
     rows = released.statement("decision")["predicate"]["inputAttestations"]
     for row in rows:
         if row["uri"] == "receipt-server":
             row["digest"] = {"sha256": digest.hexdigest()}
     released.change("decision", set_at("inputAttestations", rows))
-    what = released.finding(errors.ImageContentError)
-    assert "its receipt of tier server is of another image: changed sku" in what
+    finding = released.finding(errors.ImageContentError)
+    assert f"its receipt of tier server is of another image: {what}" in finding
 
 
 def test_expired_receipt_is_refused(released: Released) -> None:

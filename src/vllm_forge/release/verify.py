@@ -231,7 +231,8 @@ class Verification:
         detail, gpu = receipt.detail, receipt.detail.gpus[0]
         self._about(
             f"receipt of tier {tier}", sku=detail.sku, line=detail.line, tree=receipt.tree,
-            lock=detail.lock_sha256, compute_capability=gpu.compute_capability,
+            lock=detail.lock_sha256,
+            compute_capability=", ".join(sorted({row.compute_capability for row in detail.gpus})),
         )  # fmt: skip
         self.report.receipts.append(
             {
