@@ -334,7 +334,7 @@ def parse(model: type[Model], name: str, row: Verified) -> Model:
     """The predicate, or the receipt, of a verified statement; unknown fields are refused."""
     try:
         content = row.content if model is Receipt else canonical(row.statement.predicate)
-        return model.model_validate_json(content)
+        return model.model_validate_json(content, strict=True)
     except ValidationError as error:
         what = f"{name}: signed by {row.signer}: {problems(error, model)[0]}"
         remedy = "an unknown field may change what is meant: verify with a newer vllm-forge"
