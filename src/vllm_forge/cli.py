@@ -24,6 +24,10 @@ CODES = (
     "Exit codes: 0 success, 1 unexpected error (a bug), 2 wrong usage; of others the last digit "
     "is the meaning: 0 input refused, 1 red verdict, 2 undecided, 3 fault of the host or network."
 )
+# Of a read or a write, whose error names no file; ENOENT: the working directory was deleted.
+NAMELESS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOENT,
+}  # fmt: skip
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -84,6 +88,11 @@ def _run(argv: Sequence[str]) -> int:
         if refused is None:
             raise
         return _failed(refused, as_json=as_json)
+    except RuntimeError as error:  # of Path.resolve() until Python 3.13
+        if "Symlink loop" not in str(error):
+            raise
+        loop = FileAccessError(str(error), remedy="give a path that can be read")
+        return _failed(loop, as_json=as_json)
     return 0
 
 
@@ -114,14 +123,11 @@ def _signals() -> Iterator[None]:
 
 
 def _access_error(error: OSError) -> FileAccessError | None:
-    """What the system refuses of a file; None for an error of no file, which is a bug.
-
-    ENOENT without a file: the working directory was deleted.
-    """
+    """What the system refuses of a file; None for an error of no file, which is a bug."""
     what, where = error.strerror or str(error), error.filename2 or error.filename
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         _, where, what = error.args[0][-1]  # of copytree: (source, target, reason) of each file
-    elif error.filename is None and error.errno not in {errno.ENOSPC, errno.ENOENT}:
+    elif error.filename is None and error.errno not in NAMELESS:
         return None
     return FileAccessError(
         what,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from vllm_forge.cli import main
 from vllm_forge.commands.parsers import Parser
 from vllm_forge.dispatch.errors import SiteFileError
 from vllm_forge.errors import ForgeError, UsageError
+from vllm_forge.host.errors import FileAccessError
 from vllm_forge.images.errors import BaseImageError, LayoutError
 from vllm_forge.matrix.errors import UnknownLineError, UnknownSkuError
 from vllm_forge.serve.errors import UnknownArtifactError, UnknownPresetError
@@ -374,3 +376,31 @@ def test_failed_copy_to_a_full_disk_is_not_a_traceback(
     message = capsys.readouterr().err
     assert "No space left on device" in message
     assert "/output/blob" in message
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO, errno.ESTALE])
+def test_failed_read_or_write_is_not_a_traceback(
+    number: int, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an open file: the error names none."""
+
+    def fail(_: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    monkeypatch.setattr("vllm_forge.project.load", fail)
+    assert main(["plan", "b300"]) == FileAccessError.exit_code
+    assert os.strerror(number) in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    sys.version_info >= (3, 13), reason="Path.resolve() refuses a loop before Python 3.13 only"
+)
+def test_loop_of_links_is_not_a_traceback(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    argv = [*SERVE, "--print", f"--api-key-file={tmp_path / 'loop'}"]
+    assert main(argv) == FileAccessError.exit_code
+    assert "Symlink loop" in capsys.readouterr().err
