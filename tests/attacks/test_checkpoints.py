@@ -177,8 +177,9 @@ MANY = 100_000
         ({"config_groups": {"g": {"targets": [f"x{n}" for n in range(MANY)]}}}, False),
         ({"config_groups": {f"g{n}": {"targets": ["x"]} for n in range(MANY)}}, True),
         ({"quant_method": "fp8", "config_groups": None, "ignore": ["*.*x*"] * MANY}, True),
+        ({"quant_method": "fp8", "config_groups": None, "ignore": ["[a-" * MANY]}, True),
     ],
-    ids=["ignored patterns", "ignored names", "patterns", "names", "groups", "wildcards"],
+    ids=["ignored patterns", "ignored names", "patterns", "names", "groups", "wildcards", "long"],
 )
 def test_many_rules_take_seconds(
     files: dict[str, bytes], change: dict[str, Any], *, refused: bool

@@ -9,6 +9,7 @@ A config that lies about sizes is found out by its tensors; one whose sizes are 
 absurd would end in a traceback, or fill the memory. Limits are far above any model's.
 """
 
+import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -91,9 +92,10 @@ class Rules:
 
 
 def compiled(rule: str) -> re.Pattern[str] | None:
-    """A pattern; None for a malformed one."""
+    """A regular expression, or wildcards, as a pattern; None for a malformed one."""
     try:
-        return re.compile(rule.removeprefix(PATTERN))
+        is_regular = rule.startswith(PATTERN)
+        return re.compile(rule.removeprefix(PATTERN) if is_regular else fnmatch.translate(rule))
     except (re.error, OverflowError, RecursionError):  # the latter: too much, too deep
         return None
 

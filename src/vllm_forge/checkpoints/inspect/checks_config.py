@@ -3,7 +3,6 @@
 Rules are compared with how the weights are stored, for every vLLM of a line.
 """
 
-import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
@@ -11,7 +10,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from vllm_forge.checkpoints.architecture import FUSION_KNOWN, LINEAR_CLASS, Group, Rules, Scheme
+from vllm_forge.checkpoints.architecture import FUSION_KNOWN, LINEAR_CLASS, Group, Rules, compiled
 from vllm_forge.checkpoints.inspect import matching
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, finding, scoped, summarize
 from vllm_forge.checkpoints.inspect.matching import PROBES_CHANGED
@@ -104,7 +103,7 @@ def native(profile: Profile) -> Iterator[Finding]:
     for draft, check in ((False, "config"), (True, "draft-format")):
         names = [name for name in wrong if name.startswith(DRAFT) is draft]
         yield from scoped("not-native", names, check=check)
-    wildcards = [rule for rule in profile.ignore if matching.is_pattern(rule)]
+    wildcards = [compiled(rule) for rule in profile.ignore if matching.is_pattern(rule)]
     fp4 = profile.model.get("expert_dtype", "fp4") == "fp4"
     nvfp4 = str(profile.quantization.get("moe_quant_algo") or "").upper() == "NVFP4"
 
@@ -114,7 +113,7 @@ def native(profile: Profile) -> Iterator[Finding]:
             kind = profile.formats.get(f"{name}.0.w1")
             ignored = since >= IGNORE_READ and (
                 name in profile.ignored.literal
-                or any(fnmatch.fnmatchcase(name, rule) for rule in wildcards)
+                or any(pattern and pattern.match(name) for pattern in wildcards)
             )
             expected = Format.MODELOPT_NVFP4 if nvfp4 and not ignored else Format.MXFP4_NATIVE
             if kind not in (None, expected if fp4 else Format.FP8_NATIVE):
@@ -197,7 +196,8 @@ def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
 def actorder(profile: Profile) -> Iterator[Finding]:
     """Orders of activations, as GPTQ has them."""
     for name, group in profile.groups.items():
-        weights = group.weights or Scheme()
+        if (weights := group.weights) is None:
+            continue
         order = weights.actorder
         if order in ORDERED and not any(n.endswith("weight_g_idx") for n in profile.names):
             yield finding("order-not-stored", name, order)

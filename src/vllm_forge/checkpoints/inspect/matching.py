@@ -119,7 +119,7 @@ def require_termination(
     try:
         with _cpu_limit(LIMIT_S):
             for rule, is_target in rules.items():
-                if not rule.startswith(PATTERN):
+                if not is_pattern(rule):
                     continue
                 if len(rule) > MAX_LENGTH:
                     raise _refused(f"longer than {MAX_LENGTH} characters", rule, where)

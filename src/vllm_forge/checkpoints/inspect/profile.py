@@ -231,7 +231,7 @@ class Profile(Checkpoint):
                 where=where,
                 remedy="write one pattern for the modules of all layers",
             )
-        if self.groups:
+        if patterns:
             names = [*self.modules, *(f"model.{module}" for module in self.modules)]
             asked = matching.asked_names(self.model, self.blocks)
             matching.require_termination(targets, self.ignore, asked, names, where)
