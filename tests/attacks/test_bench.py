@@ -26,6 +26,7 @@ from vllm_forge.bench.exchange import read_run
 from vllm_forge.bench.measure import read_workload
 from vllm_forge.bench.results import Conditions, Setup, read_arm, write_arm
 from vllm_forge.bench.scoring import score
+from vllm_forge.bench.validity import require_valid
 from vllm_forge.bench.workloads import Item, read_workloads
 
 if TYPE_CHECKING:
@@ -203,6 +204,16 @@ def test_missing_folder_of_plans_is_named(
 ) -> None:
     assert turns.main([str(tmp_path / "none"), str(tmp_path)]) == 33
     assert "No such file" in capsys.readouterr().err
+
+
+def test_enormous_count_is_refused(tmp_path: Path) -> None:
+    """Of which no rate can be computed."""
+    path = write_result(tmp_path / "a.json", rows_of(1, items=3))
+    record = json.loads(path.read_text())
+    record["starts"][0]["window"]["after"]["draft_tokens"] = 10**400
+    path.write_text(json.dumps(record))
+    with pytest.raises(ResultFileError, match="draft_tokens: Input should be less than or equal"):
+        require_valid(read_arm(path))
 
 
 def test_full_disk_loses_no_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

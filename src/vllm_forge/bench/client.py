@@ -18,14 +18,13 @@ import aiohttp
 from pydantic import Field
 
 from vllm_forge.bench.errors import ServerUnreachableError
-from vllm_forge.bench.results import Conditions, Count, Counters, Drafts, Row, Seconds
+from vllm_forge.bench.results import MOST_COUNT, Conditions, Count, Counters, Drafts, Row, Seconds
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Text
 
 LARGEST_LINE = 16 << 20  # the first chunk may have the prompt's tokens
 LARGEST_ANSWER = 64 << 20
 LARGEST_METRICS = 16 << 20
-LARGEST_COUNT = 1 << 53  # up to which a float has every integer
 TIMEOUT_S = 1800.0  # for one answer
 METRICS_S = 60.0
 HEALTH_S = 5.0
@@ -172,7 +171,7 @@ def _parse_counters(text: str) -> Counters:
 
 
 def _count(text: str) -> int:
-    if not 0 <= (value := float(text)) <= LARGEST_COUNT or not value.is_integer():
+    if not 0 <= (value := float(text)) <= MOST_COUNT or not value.is_integer():
         raise ValueError(f"not a count: {text[:40]!r}")
     return int(value)
 

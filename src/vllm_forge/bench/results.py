@@ -31,10 +31,11 @@ REMEDY = "give a record of `bench run`, `serve`, `quality` or `import`, with its
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-Count = Annotated[int, Field(ge=0, strict=True)]
+MOST_COUNT = 1 << 53  # up to which a float has every integer
+Count = Annotated[int, Field(ge=0, le=MOST_COUNT, strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]  # no text, no truth value
 Seconds = Annotated[Number, Field(ge=0)]
-Least = Annotated[int, Field(gt=0, strict=True)]
+Least = Annotated[int, Field(gt=0, le=MOST_COUNT, strict=True)]
 
 
 class Conditions(FrozenModel):
