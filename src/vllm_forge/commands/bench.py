@@ -22,9 +22,9 @@ from vllm_forge.commands.parsers import (
     option,
     positive,
     positive_count,
-    print_json,
+    print_table,
 )
-from vllm_forge.host import PlainConsole, console, suggestion
+from vllm_forge.host import console, suggestion
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -180,18 +180,16 @@ def claims(project: Project, args: argparse.Namespace) -> None:
     """Judge the figures of a model card; of the project's, write record, chart and page."""
     from vllm_forge.bench.claims import CLAIMS
     from vllm_forge.bench.verdicts import judge
-    from vllm_forge.pages.claims import PAGE, claims_table, summary
+    from vllm_forge.pages.claims import HEAD, PAGE, summary, terminal_rows
 
     if args.card is None:
         project.require_checkout(args.parser.prog)
     record = judge(args.card or project.root / CLAIMS)
     if args.card is None:
         _write_claims(project, record)
-    if args.json:
-        print_json(args, record)
-        return
-    PlainConsole().print(claims_table(record))
-    print(f"{summary(record)}: {args.card or PAGE}")
+    print_table(args, record, HEAD, terminal_rows(record))
+    if not args.json:
+        print(f"{summary(record)}: {args.card or PAGE}")
 
 
 def _write_claims(project: Project, record: dict[str, Any]) -> None:
@@ -223,7 +221,6 @@ def plan(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.bench import plan as plans
     from vllm_forge.bench.claims import CLAIMS, read_claims
     from vllm_forge.pages.claims import RECORD
-    from vllm_forge.pages.markdown import terminal_table
 
     timing = plans.Timing(args.start_seconds, args.run_seconds)
     suites = plans.read_suites()
@@ -238,10 +235,7 @@ def plan(project: Project, args: argparse.Namespace) -> None:
             for name, one in project.matrix.gate.items()
             for row in plans.gate_plan(name, one, suites, timing, noises)
         ]
-    if args.json:
-        print_json(args, [dict(zip(head, row, strict=True)) for row in rows])
-    else:
-        PlainConsole().print(terminal_table(head, rows))
+    print_table(args, [dict(zip(head, row, strict=True)) for row in rows], head, rows)
 
 
 def serve(project: Project, args: argparse.Namespace) -> None:
@@ -353,7 +347,6 @@ def import_answers(project: Project, args: argparse.Namespace) -> None:
 def gate(project: Project, args: argparse.Namespace) -> None:
     """Compare two results: pass (exit 0), fail (121) or undecided (122)."""
     from vllm_forge.bench import gate, results, validity
-    from vllm_forge.pages.markdown import terminal_table
 
     gates = project.matrix.gate
     for name in args.gate or ():
@@ -371,22 +364,22 @@ def gate(project: Project, args: argparse.Namespace) -> None:
             console.print(f"{arm.path}: signed by {signer}", markup=False)
     outcomes = gate.gate(chosen, **arms)
     differs = validity.intended(arms["reference"], arms["candidate"])
-    if args.json:
-        images = {
-            name: {key: getattr(arm.result.server, key) for key in ("image", "claimed")}
-            for name, arm in arms.items()
-        }
-        gated = [row.as_json() for row in outcomes]
-        print_json(args, {"arms": images, "differs": differs, "gates": gated})
-    else:
+    images = {
+        name: {key: getattr(arm.result.server, key) for key in ("image", "claimed")}
+        for name, arm in arms.items()
+    }
+    document = {
+        "arms": images, "differs": differs, "gates": [row.as_json() for row in outcomes]
+    }  # fmt: skip
+    if not args.json:
         for name, arm in arms.items():
             console.print(f"{name}: image {arm.result.server.seen}", markup=False)
         for text in differs:
             console.print(f"the arms differ in {text}", markup=False)
-        rows = [
-            [row.gate, f"{100 * row.margin:g} {row.unit}", row.word, row.reason] for row in outcomes
-        ]
-        PlainConsole().print(terminal_table(["gate", "margin", "verdict", "why"], rows))
+    rows = (
+        [row.gate, f"{100 * row.margin:g} {row.unit}", row.word, row.reason] for row in outcomes
+    )
+    print_table(args, document, ["gate", "margin", "verdict", "why"], rows)
     gate.require_pass(outcomes)
 
 
@@ -445,16 +438,12 @@ def crosscheck(_: Project, args: argparse.Namespace) -> None:
     """Compare a result with what another tool measured of the same server and prompts."""
     from vllm_forge.bench import exchange, validity
     from vllm_forge.host import write_json
-    from vllm_forge.pages.markdown import terminal_table
     from vllm_forge.pages.sessions import CHECK_HEAD, check_cells
 
     record = exchange.crosscheck(validity.read_valid(args.result), args.other)
     if args.output:
         write_json(args.output, record)
-    if args.json:
-        print_json(args, record)
-    else:
-        PlainConsole().print(terminal_table(CHECK_HEAD, check_cells(record)))
+    print_table(args, record, CHECK_HEAD, check_cells(record))
     exchange.require_agreement(record)
 
 

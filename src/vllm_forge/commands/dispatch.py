@@ -1,7 +1,6 @@
 """Work on a cluster: send it, ask for it, collect it."""
 
 import argparse
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,22 +13,20 @@ from vllm_forge.commands.parsers import (
     positive,
     positive_count,
     print_json,
+    print_table,
 )
 from vllm_forge.errors import ForgeError, suggestion
-from vllm_forge.host import HostProbe, PlainConsole, Runner, console, printable, write_whole
+from vllm_forge.host import HostProbe, Runner, console, printable, write_whole
 from vllm_forge.matrix import ImageCell
 from vllm_forge.matrix.errors import UnsupportedCellError
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from vllm_forge.dispatch.builds import LineBuild
-    from vllm_forge.dispatch.jobs import JobSpec, Work
+    from vllm_forge.dispatch.jobs import Work
     from vllm_forge.dispatch.results import Outcome
     from vllm_forge.dispatch.runs import RunRecord
     from vllm_forge.dispatch.site import Site
-
-    Send = Callable[[Path, RunRecord], RunRecord]
-
 
 SCHEDULERS = ("slurm", "kubernetes")
 
@@ -81,7 +78,7 @@ def register(choices: Commands) -> None:
 
 def dispatch(project: Project, args: argparse.Namespace) -> None:
     """Run tiers of the GPU suite, or benchmarks, in images on the nodes of a cluster."""
-    from vllm_forge.dispatch import runs
+    from vllm_forge.dispatch import kubernetes, runs, slurm
     from vllm_forge.dispatch.jobs import cell_image, job_specs
     from vllm_forge.dispatch.runtimes import POD, find_runtime
 
@@ -98,14 +95,26 @@ def dispatch(project: Project, args: argparse.Namespace) -> None:
     cells = [cell_image(project, cell, f"sha256:{image.digest}") for cell, image in images.values()]
     run = runs.new_run()
     specs = job_specs(cells, works, site, run)
-    send = (_to_slurm if args.to == "slurm" else _to_kubernetes)(specs, site, run)
+    ask, sent = runs.asking(HostProbe()), f"sent {len(specs)} jobs as run {run}"
+    if args.to == "kubernetes":
+        texts = kubernetes.manifests(specs, site, run)
+    else:
+        batches = slurm.batches(specs, site, run)
+        slurm.require_cluster(specs, site, ask)
     paths = [work.session for work in works if work.session]
     folder = runs.stage(project, site, specs, images, run, sessions=paths)
     record = runs.RunRecord(
         run=run, scheduler=args.to, storage=site.storage.root, specs=specs, attempts={}
     )
     runs.write_record(project, record)
-    record = send(folder, record)
+    if args.to == "kubernetes":  # kubectl sends them
+        for name, text in texts.items():
+            write_whole(folder / "manifests" / name, text)
+        sent = f"run: kubectl apply -f {folder / 'manifests'}"
+        record = record.model_copy(update={"attempts": kubernetes.attempts(specs, site, run)})
+    else:
+        record = slurm.send(batches, folder, ask, record)
+    console.print(sent, markup=False)
     runs.write_record(project, record)
     if args.wait:
         _collect(project, args, record)
@@ -117,37 +126,6 @@ def _site(project: Project, args: argparse.Namespace) -> "Site":
     from vllm_forge.dispatch.site import NAME, read_site
 
     return read_site(args.site or project.root / NAME, project.matrix)
-
-
-def _to_slurm(specs: Sequence["JobSpec"], site: "Site", run: str) -> "Send":
-    """Check that the cluster has what the jobs need; what sends them."""
-    from vllm_forge.dispatch import slurm
-    from vllm_forge.dispatch.runs import asking
-
-    ask, batches = asking(HostProbe()), slurm.batches(specs, site, run)
-    slurm.require_cluster(specs, site, ask)
-
-    def send(folder: Path, record: "RunRecord") -> "RunRecord":
-        sent = slurm.send(batches, folder, ask, record)
-        console.print(f"sent {len(specs)} jobs as run {run}", markup=False)
-        return sent
-
-    return send
-
-
-def _to_kubernetes(specs: Sequence["JobSpec"], site: "Site", run: str) -> "Send":
-    """Make the manifests; what writes them. They are for kubectl to send."""
-    from vllm_forge.dispatch import kubernetes
-
-    texts = kubernetes.manifests(specs, site, run)
-
-    def write(folder: Path, record: "RunRecord") -> "RunRecord":
-        for name, text in texts.items():
-            write_whole(folder / "manifests" / name, text)
-        console.print(f"run: kubectl apply -f {folder / 'manifests'}", markup=False)
-        return record.model_copy(update={"attempts": kubernetes.attempts(specs, site, run)})
-
-    return write
 
 
 def _works(project: Project, args: argparse.Namespace) -> list["Work"]:
@@ -251,33 +229,24 @@ def build(project: Project, args: argparse.Namespace) -> None:
 
 def _show_forecasts(project: Project, args: argparse.Namespace, lines: list["LineBuild"]) -> None:
     from vllm_forge.dispatch.builds import forecast, measured_rates
-    from vllm_forge.pages.markdown import terminal_table
 
     rates = measured_rates(project)
     rows = [forecast(lines, rates, nodes) for nodes in range(1, len(lines) + 1)]
-    if args.json:
-        print_json(args, [asdict(row) for row in rows])
-        return
     head = ["nodes", "minutes", "downloaded, GB", "copied to nodes, GB"]
     cells = [
         [str(row.nodes), f"{row.seconds / 60:.1f}", f"{row.downloaded / 1e9:.1f}",
          f"{row.copied / 1e9:.1f}"]
         for row in rows
     ]  # fmt: skip
-    PlainConsole().print(terminal_table(head, cells))
+    print_table(args, [asdict(row) for row in rows], head, cells)
 
 
 def _show(
     args: argparse.Namespace, record: "RunRecord", rows: list["Outcome"], receipts: list[Path]
 ) -> None:
-    from vllm_forge.pages.markdown import terminal_table
-
-    if args.json:
-        listed = [str(path) for path in receipts]
-        jobs = [row.model_dump() for row in rows]
-        print_json(args, {"run": record.run, "jobs": jobs, "receipts": listed})
-        return
-    table = [[row.name, row.verdict, printable(row.why)] for row in rows]
-    PlainConsole().print(terminal_table(["job", "verdict", "where, or why"], table))
-    for path in receipts:
+    listed, jobs = [str(path) for path in receipts], [row.model_dump() for row in rows]
+    document = {"run": record.run, "jobs": jobs, "receipts": listed}
+    cells = ([row.name, row.verdict, printable(row.why)] for row in rows)
+    print_table(args, document, ["job", "verdict", "where, or why"], cells)
+    for path in [] if args.json else listed:
         print(path)

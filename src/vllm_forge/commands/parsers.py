@@ -5,14 +5,15 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import vllm_forge
 from vllm_forge.errors import UsageError
-from vllm_forge.host import head_commit, suggestion
+from vllm_forge.host import PlainConsole, head_commit, suggestion
 from vllm_forge.matrix.cells import PACKAGED
+from vllm_forge.pages.markdown import terminal_table
 from vllm_forge.project import Project
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -143,6 +144,16 @@ def print_json(args: argparse.Namespace, document: object) -> None:
     text = document if isinstance(document, str) else json.dumps(document, indent=1, sort_keys=True)
     print(text)
     args.answered = True
+
+
+def print_table(
+    args: argparse.Namespace, document: object, head: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Print rows for a terminal, or with --json the document."""
+    if args.json:
+        print_json(args, document)
+    else:
+        PlainConsole().print(terminal_table(head, rows))
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -145,15 +145,12 @@ def script(project: Project, lines: Sequence[LineBuild], site: Site, run: str) -
     if site.slurm is None or site.slurm.build is None:
         what = "missing [slurm.build]: the partition whose nodes build images"
         raise SiteFileError(what, where=SITE, remedy="add the table; it needs no GPUs")
-    slurm, row, root = site.slurm, site.slurm.build, site.storage.root
-    folder = f"{root}/{BUILDS}/{run}"
+    root, folder = site.storage.root, f"{site.storage.root}/{BUILDS}/{run}"
     options = [
-        f"--job-name=forge-build-{run}", f"--array=0-{len(lines) - 1}", "--no-requeue",
-        f"--partition={row.partition}", "--nodes=1", "--ntasks=1", "--export=HOME,PATH,USER",
-        f"--output={folder}/%A_%a.log", *([f"--account={slurm.account}"] if slurm.account else []),
+        f"--job-name=forge-build-{run}", f"--array=0-{len(lines) - 1}",
+        f"--output={folder}/%A_%a.log",
     ]  # fmt: skip
-    further = {"slurm.options": slurm.options, f"{ROW}.options": row.options}
-    head = head_of(options, further)
+    head = head_of(site.slurm, ROW, site.slurm.build, options)
     variables = {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "VLLM_FORGE_ROOT": str(project.root),
@@ -201,6 +198,10 @@ def send(path: Path, lines: Sequence[LineBuild], runner: Runner) -> list[str]:
     JobsFaultError: some were not built, or sbatch failed; the message has its output.
     """
     folder, fault = path.parent, ""
+
+    def parse(built: dict[str, str]) -> str:
+        return printable(f"{built['digest']}  {built['image']}")
+
     try:
         runner.run(["sbatch", "--wait", "--parsable", str(path)])
     except CommandFailedError as error:  # also what one of its jobs ended with
@@ -210,14 +211,10 @@ def send(path: Path, lines: Sequence[LineBuild], runner: Runner) -> list[str]:
         for sku in line.skus:
             path = folder / f"{sku}-{line.line}.json"
             if path.exists():
-                rows.append(read_data(path, _row, JobsFaultError, what="result", remedy=again))
+                rows.append(read_data(path, parse, JobsFaultError, what="result", remedy=again))
             else:
                 missing.append(f"{sku} ({line.line})")
     if missing:
         what = "\n".join(filter(None, [f"not built: {', '.join(missing)}", fault]))
         raise JobsFaultError(what, where=folder, remedy=again)
     return rows
-
-
-def _row(built: dict[str, str]) -> str:
-    return printable(f"{built['digest']}  {built['image']}")

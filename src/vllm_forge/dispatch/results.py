@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -163,30 +164,21 @@ def _copy(files: Mapping[str, str], source: Path, target: Path) -> None:
     Those that are here already stay: another command may read them.
     """
     with exclusive(f"dispatch-{target.parent.name}", wait=True):
-        if not _has(target, files):
-            _replace(files, source, target)
-
-
-def _has(folder: Path, files: Mapping[str, str]) -> bool:
-    try:
-        return {name: file_digest(folder / name) for name in walk_plain(folder)} == files
-    except (OSError, ValueError):
-        return False
-
-
-def _replace(files: Mapping[str, str], source: Path, target: Path) -> None:
-    with atomic_path(target) as aside:
-        aside.mkdir()
-        for name, digest in files.items():
-            try:
-                content = read_plain(source / name, LARGEST_ANSWERS)
-            except FileNotFoundError:
-                what = f"missing {name}, which the marker lists; storage may show it later"
-                raise ValueError(f"{what}: collect again") from None
-            if hashlib.sha256(content).hexdigest() != digest:
-                raise ValueError(f"{name} was changed after the job ended")
-            (aside / name).parent.mkdir(exist_ok=True)
-            (aside / name).write_bytes(content)
+        with suppress(OSError, ValueError):
+            if {name: file_digest(target / name) for name in walk_plain(target)} == files:
+                return
+        with atomic_path(target) as aside:
+            aside.mkdir()
+            for name, digest in files.items():
+                try:
+                    content = read_plain(source / name, LARGEST_ANSWERS)
+                except FileNotFoundError:
+                    what = f"missing {name}, which the marker lists; storage may show it later"
+                    raise ValueError(f"{what}: collect again") from None
+                if hashlib.sha256(content).hexdigest() != digest:
+                    raise ValueError(f"{name} was changed after the job ended")
+                (aside / name).parent.mkdir(exist_ok=True)
+                (aside / name).write_bytes(content)
 
 
 def require_green(run: str, rows: Sequence[Outcome]) -> None:

@@ -7,14 +7,14 @@ which jobs it still has, and why others ended.
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_forge.dispatch.errors import SITE, ClusterMismatchError, SchedulerError, SiteFileError
 from vllm_forge.dispatch.jobs import RUNS, JobSpec, grouped
 from vllm_forge.dispatch.results import State
 from vllm_forge.dispatch.runs import Ask, RunRecord
-from vllm_forge.dispatch.site import Site, Slurm, SlurmSku
+from vllm_forge.dispatch.site import Site, Slurm, SlurmBuild, SlurmSku
 from vllm_forge.errors import suggestion
 from vllm_forge.host import printable, write_whole
 
@@ -61,15 +61,12 @@ def _script(specs: Sequence[JobSpec], site: Site, run: str, folder: Path) -> str
     first = specs[0]
     slurm, row = _row(site, first.sku)
     options = [
-        f"--job-name={job_name(run)}", f"--array=0-{len(specs) - 1}", "--no-requeue",
-        f"--partition={row.partition}", f"--gres=gpu:{row.gres}:{first.gpus}", "--nodes=1",
-        "--ntasks=1", f"--time={first.minutes}", f"--signal=B:TERM@{TERM_S}",
-        "--export=HOME,PATH,USER", f"--output={folder}/logs/%A_%a.log",
-        *([f"--account={slurm.account}"] if slurm.account else []),
+        f"--job-name={job_name(run)}", f"--array=0-{len(specs) - 1}",
+        f"--gres=gpu:{row.gres}:{first.gpus}", f"--time={first.minutes}",
+        f"--signal=B:TERM@{TERM_S}", f"--output={folder}/logs/%A_%a.log",
         *(["--exclusive"] if first.exclusive else []),
     ]  # fmt: skip
-    further = {"slurm.options": slurm.options, f"slurm.sku.{first.sku}.options": row.options}
-    head = head_of(options, further)
+    head = head_of(slurm, f"slurm.sku.{first.sku}", row, options)
     names = " ".join(spec.name for spec in specs)
     return f"""#!/bin/bash
 {head}
@@ -81,19 +78,23 @@ exec python3 {folder}/node.py {folder} "${{names[SLURM_ARRAY_TASK_ID]}}" \\
 """
 
 
-def head_of(own: Sequence[str], further: Mapping[str, Sequence[str]]) -> str:
-    """Lines of a script for sbatch; ``further``: row of the site file -> its options.
+def head_of(slurm: Slurm, where: str, row: SlurmBuild, options: Sequence[str]) -> str:
+    """Lines of an array's script for sbatch; ``where``: the site file's name of ``row``.
 
-    SiteFileError: one of them, maybe abbreviated, replaces one of our own.
+    SiteFileError: an option of the site, maybe abbreviated, replaces one of our own.
     """
+    own = [
+        *options, f"--partition={row.partition}", "--no-requeue", "--nodes=1", "--ntasks=1",
+        "--export=HOME,PATH,USER", *([f"--account={slurm.account}"] if slurm.account else []),
+    ]  # fmt: skip
+    further = {"slurm.options": slurm.options, f"{where}.options": row.options}
     taken = {option.partition("=")[0] for option in own} | {"--requeue", "--wrap", "--gpus"}
-    for row, options in further.items():
-        for name in (option.partition("=")[0] for option in options):
+    for place, added in further.items():
+        for name in (option.partition("=")[0] for option in added):
             if any(word.startswith(name) for word in taken) or name.startswith("--gpus-per"):
-                what = f"{row}: {name} is set by dispatch itself"
+                what = f"{place}: {name} is set by dispatch itself"
                 raise SiteFileError(what, where=SITE, remedy="remove it from these options")
-    words = (*own, *(word for options in further.values() for word in options))
-    return "".join(f"#SBATCH {word}\n" for word in words)
+    return "".join(f"#SBATCH {word}\n" for word in (*own, *slurm.options, *row.options))
 
 
 def _table(ask: Ask, *argv: str) -> list[list[str]]:

@@ -2,18 +2,18 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
-
-from rich.table import Table
 
 from vllm_forge.bench.claims import CLAIMS
 from vllm_forge.bench.errors import ClaimsStaleError
-from vllm_forge.pages.markdown import escape, table, terminal_table
+from vllm_forge.pages.markdown import escape, table
 from vllm_forge.project import Project
 
 RECORD = "records/bench/claims.json"
 CHART = "records/bench/claims.svg"
 PAGE = "docs/generated/claims.md"
+HEAD = ["figure", "verdict", "n", "why"]  # on a terminal
 GROUPS = {
     "quality": "Quality",
     "speed": "Throughput",
@@ -21,6 +21,7 @@ GROUPS = {
     "acceptance": "Acceptance",
     "size": "Checkpoint",
 }
+BOLD = {"contradicted": "**contradicted**"}
 
 
 def claims(project: Project) -> str:
@@ -32,11 +33,11 @@ def claims(project: Project) -> str:
         raise ClaimsStaleError(what, where=str(project.root), remedy="run: nox -s bench -- claims")
     lines = [f"{record['card']}, {record['revision']}: {summary(record)}."]
     for group, title in GROUPS.items():
-        rows = [row for row in record["verdicts"] if row["group"] == group]
         cells = (
-            [f"{escape(row['says'])} ({escape(row['at'])})", _word(row["word"]), row["n"],
-             row["method"], escape(row["detail"])]
-            for row in rows
+            [f"{escape(row['says'])} ({escape(row['at'])})", BOLD.get(row["word"], row["word"]),
+             row["n"], row["method"], escape(row["detail"])]
+            for row in record["verdicts"]
+            if row["group"] == group
         )  # fmt: skip
         head = ["figure", "verdict", "n", "method", "why"]
         lines += ["", f"## {title}", "", table(head, cells)]
@@ -49,14 +50,7 @@ def summary(record: dict[str, Any]) -> str:
     return ", ".join(f"{number} {word}" for word, number in sorted(count.items()))
 
 
-def claims_table(record: dict[str, Any]) -> Table:
-    """For a terminal."""
-    rows = (
-        [row["says"], row["word"], row["n"], f"{row['method']}: {row['detail']}"]
-        for row in record["verdicts"]
-    )
-    return terminal_table(["figure", "verdict", "n", "why"], rows)
-
-
-def _word(word: str) -> str:
-    return f"**{word}**" if word == "contradicted" else word
+def terminal_rows(record: dict[str, Any]) -> Iterator[list[str]]:
+    """Of a table with ``HEAD``."""
+    for row in record["verdicts"]:
+        yield [row["says"], row["word"], row["n"], f"{row['method']}: {row['detail']}"]

@@ -28,7 +28,9 @@ REASON_COLUMNS = ("SKU", "artifact", "taken", "passed over")
 
 
 def selection(project: Project) -> str:
-    return render_selection(selections(project))
+    """Of the record of each line that has one."""
+    names = [name for name in project.matrix.line if selection_path(project.records, name).exists()]
+    return render_selection([read_selection(project.records, name) for name in names])
 
 
 def late_stops(project: Project) -> str:
@@ -55,12 +57,6 @@ def late_stops(project: Project) -> str:
     return "\n".join(parts).strip("\n")
 
 
-def selections(project: Project) -> list[SelectionRecord]:
-    """The record of each line that has one."""
-    names = [name for name in project.matrix.line if selection_path(project.records, name).exists()]
-    return [read_selection(project.records, name) for name in names]
-
-
 def render_selection(lines: Sequence[SelectionRecord]) -> str:
     parts = []
     for recorded in lines:
@@ -69,6 +65,11 @@ def render_selection(lines: Sequence[SelectionRecord]) -> str:
         others = [row for row in _grid_rows(recorded.published) if row not in grid]
         with_ = dict.fromkeys(name for row in grid for name in row if name.startswith("with "))
         columns = (*GRID_COLUMNS, *with_, *MORE_COLUMNS)
+        presets = [
+            {"preset": name, "artifact": artifact} | _cells(answer)
+            for (kind, name, artifact, *_), answer in _places(recorded.rows)
+            if kind == "preset"
+        ]
         parts += [
             f"\n## Line {line}: every SKU with every artifact\n",
             f"At `{' '.join(GRID_ARGUMENTS)}`, with MTP where the artifact has it. vLLM {vllm}, "
@@ -78,21 +79,12 @@ def render_selection(lines: Sequence[SelectionRecord]) -> str:
             "The rows in which the release without the line's series answers otherwise.\n",
             _markdown(columns, others),
             f"\n## Line {line}: presets\n",
-            _markdown(PRESET_COLUMNS, _preset_rows(recorded)),
+            _markdown(PRESET_COLUMNS, presets),
             f"\n## Line {line}: why not another backend\n",
             "What vLLM said of the candidates for the routed experts that it passed over.\n",
             _markdown(REASON_COLUMNS, _reasons(recorded.rows)),
         ]
     return "\n".join(parts).strip("\n")
-
-
-def _preset_rows(recorded: SelectionRecord) -> list[dict[str, str]]:
-    """PRESET_COLUMNS of each preset with each of its artifacts."""
-    return [
-        {"preset": name, "artifact": artifact} | _cells(answer)
-        for (kind, name, artifact, *_), answer in _places(recorded.rows)
-        if kind == "preset"
-    ]
 
 
 def selection_table(recorded: SelectionRecord) -> Table:

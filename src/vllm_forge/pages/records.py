@@ -174,6 +174,7 @@ TOOLS = (
     "synccheck", "SASS audit",
 )  # fmt: skip
 STATIC = "SASS audit"
+SUMS = ("launches", "differ", "dirty")  # fields of launches
 
 
 def race(data: Row) -> str:
@@ -214,11 +215,11 @@ def _launches(rows: list[Row]) -> list[str]:
     summary = f"{bad} launches are wrong."
     if not bad:
         summary = f"In total: {exclusion(sum(row['launches'] for row in rows))}."
-    cells = [
-        (*place, len(group), *(_sum(group, key) for key in ("launches", "differ", "dirty")),
-         _most(group))
-        for place, group in _grouped(rows, "format", "mode")
-    ]  # fmt: skip
+    cells = []
+    for place, group in _grouped(rows, "format", "mode"):
+        sums = [sum(int(row.get(key, 0)) for row in group) for key in SUMS]
+        margins = [row["margin"] for row in group if "margin" in row]
+        cells.append([*place, len(group), *sums, f"{max(margins):.2f}" if margins else ""])
     head = ("format", "around it", "cells", "launches", "differ", "locks left", "of the bound")
     return ["### Launches\n", summary + "\n", table(head, cells), ""]
 
@@ -265,12 +266,3 @@ def _controls(controls: list[Row], tables: list[Row]) -> list[str]:
     ]:
         lines += ["Tried, not detected, and not required:\n", *spared, ""]
     return lines
-
-
-def _most(rows: Iterable[Row]) -> str:
-    margins = [row["margin"] for row in rows if "margin" in row]
-    return f"{max(margins):.2f}" if margins else ""
-
-
-def _sum(rows: Iterable[Row], key: str) -> int:
-    return sum(int(row.get(key, 0)) for row in rows)

@@ -13,12 +13,11 @@ from vllm_forge.host import write_whole
 from vllm_forge.matrix.cells import schema_text
 from vllm_forge.pages import ci, records
 from vllm_forge.pages.claims import claims
-from vllm_forge.pages.edges import edges
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.faults import known_faults
 from vllm_forge.pages.kernels import coverage, late_stops, selection
 from vllm_forge.pages.markdown import put_block, table
-from vllm_forge.pages.rehearsal import rehearsals
+from vllm_forge.pages.rehearsal import edges, rehearsals
 from vllm_forge.pages.sessions import sessions
 from vllm_forge.pages.status import status
 from vllm_forge.patches import read_series

@@ -1,4 +1,4 @@
-"""What a rehearsal measured, beside what ``plan`` and ``doctor`` foretold of its memory."""
+"""What tiers rehearsal and edges found, beside what ``plan``, ``doctor`` and lint foretold."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,16 +7,19 @@ from pydantic import BaseModel, Field, ValidationError
 from vllm_forge.errors import problems
 from vllm_forge.host.files import GIB
 from vllm_forge.matrix import gpus_of
-from vllm_forge.pages.markdown import table
+from vllm_forge.pages.markdown import escape, table
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptUnreadableError
 from vllm_forge.receipts.receipt import Receipt
-from vllm_forge.receipts.suite import read_suite
+from vllm_forge.receipts.suite import read_cases, read_suite
 from vllm_forge.receipts.verification import NOT_RUN, read_receipts, seal
 from vllm_forge.serve.deployment import find_deployment, recorded_rows
 from vllm_forge.serve.memory import Memory
 
-TIER = "rehearsal"  # of the GPU suite
+REHEARSAL, EDGES = "rehearsal", "edges"  # of the GPU suite
+# Facts of a test of edges; what is foretold is in tests/gpu/edges/rows.toml, which a unit test
+# compares with what plan, doctor and lint compute.
+FACTS = ("edge", "foretold", "measured")
 UNKNOWN = "unknown"
 Place = tuple[str, str, str, str]  # SKU, line, preset, artifact
 
@@ -56,7 +59,7 @@ CLIENTS = (1, 4, 16)
 
 def rehearsals(project: Project) -> str:
     """Memory of each deployment that was rehearsed, or that can be; then times and speed."""
-    receipts = [row for row in read_receipts(project).valid if row.statement.detail.tier == TIER]
+    receipts = _receipts(project, REHEARSAL)
     runs = measured(receipts)
     head = ["SKU", "line", "preset", "artifact", "per GPU", "foretold", "measured", "difference"]
     rows = [
@@ -68,8 +71,28 @@ def rehearsals(project: Project) -> str:
     speeds = [f"tokens/s of {count}" for count in CLIENTS]
     columns = [*head[:4], *TIMES, *speeds, "compiled files"]
     times = [[*place, *_times(facts)] for place, facts in runs.items()]
-    vouched = table(["receipt", "vouched for"], [[row.path.name, seal(row)] for row in receipts])
-    return "\n\n".join([text, table(columns, times), vouched]) if times else text
+    return "\n\n".join([text, table(columns, times), _vouched(receipts)]) if times else text
+
+
+def edges(project: Project) -> str:
+    """Each claim that shape decides, with both sides, of every valid receipt; or how many tests."""
+    if not (receipts := _receipts(project, EDGES)):
+        return f"{NOT_RUN}: {len(read_cases(project.root, EDGES))} tests of tier `{EDGES}`"
+    rows = [
+        [detail.sku, detail.line, *(escape(str(test.facts.get(name, ""))) for name in FACTS)]
+        for detail in (receipt.statement.detail for receipt in receipts)
+        for test in detail.tests.values()
+        if FACTS[0] in test.facts
+    ]
+    return "\n\n".join([table(["SKU", "line", *FACTS], rows), _vouched(receipts)])
+
+
+def _receipts(project: Project, tier: str) -> list[Receipt]:
+    return [row for row in read_receipts(project).valid if row.statement.detail.tier == tier]
+
+
+def _vouched(receipts: Sequence[Receipt]) -> str:
+    return table(["receipt", "vouched for"], [[row.path.name, seal(row)] for row in receipts])
 
 
 def measured(receipts: Sequence[Receipt]) -> dict[Place, list[Facts]]:
@@ -95,7 +118,7 @@ def measured(receipts: Sequence[Receipt]) -> dict[Place, list[Facts]]:
 def _rehearsable(project: Project) -> Iterator[Place]:
     """Deployments on the default line for the tier's GPUs, of artifacts whose shards are known."""
     matrix, line = project.matrix, project.matrix.default_line
-    gpus = read_suite(project.root).tier[TIER].gpus
+    gpus = read_suite(project.root).tier[REHEARSAL].gpus
     for name, preset in matrix.preset.items():
         for artifact in preset.artifacts if gpus_of(matrix, name) == gpus else ():
             if matrix.artifact[artifact].shards is not None:
@@ -113,12 +136,12 @@ def compare(memory: Memory | None, rows: Sequence[Facts]) -> Iterator[list[str]]
     weights, cache, requests = (
         _first(rows, name) for name in ("weights_gib", "kv_cache_gib", "concurrency")
     )
-    yield _row("weights, GiB", None if memory is None else _gib(memory.weights), weights)
+    yield _row("weights, GiB", None if memory is None else memory.weights / GIB, weights)
     yield _row("longest requests at once", _requests(memory, cache), requests)
     rest = None
     if memory is not None and weights is not None and cache is not None:
         rest = memory.requested / GIB - weights - cache
-    left = None if memory is None or memory.kv_cache is None else _gib(memory.left)
+    left = None if memory is None or memory.kv_cache is None else memory.left / GIB
     yield [*_row("left for all else, GiB; taken by it", left, rest)[:3], ""]
 
 
@@ -128,10 +151,6 @@ def _requests(memory: Memory | None, cache: float | None) -> float | None:
         return None
     available = memory.requested - memory.weights if cache is None else round(cache * GIB)
     return memory.pool.requests(available, memory.max_model_len)
-
-
-def _gib(size: int) -> float:
-    return size / GIB
 
 
 def _row(what: str, foretold: float | None, found: float | None) -> list[str]:

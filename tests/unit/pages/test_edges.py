@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_forge.pages import edges
+from vllm_forge.pages import rehearsal
 from vllm_forge.project import Project
 from vllm_forge.receipts.verification import Receipts
 
@@ -23,8 +23,8 @@ def page(root: Path, monkeypatch: pytest.MonkeyPatch, *tiers: str) -> str:
         statement = SimpleNamespace(detail=detail)
         row = SimpleNamespace(statement=statement, path=Path(f"{tier}.json"), signed_by=())
         receipts.append(row)
-    monkeypatch.setattr(edges, "read_receipts", lambda _: Receipts(valid=tuple(receipts)))
-    return edges.edges(Project(root))
+    monkeypatch.setattr(rehearsal, "read_receipts", lambda _: Receipts(valid=tuple(receipts)))
+    return rehearsal.edges(Project(root))
 
 
 def test_claims_are_listed_with_both_sides(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
