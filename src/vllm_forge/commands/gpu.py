@@ -22,9 +22,8 @@ NAME = re.compile(r"\w[\w.-]*")
 def _workers(text: str) -> str:
     """Processes of pytest-xdist."""
     if text != "auto" and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(
-            f"invalid value {text!r}: expected auto or a number above 0"
-        )
+        what = f"invalid value {text!r}: expected auto or a number above 0"
+        raise argparse.ArgumentTypeError(what)
     return text
 
 

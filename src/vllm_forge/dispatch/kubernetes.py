@@ -67,9 +67,8 @@ def manifests(specs: Sequence[JobSpec], site: Site, run: str) -> dict[str, str]:
 def _cluster(site: Site) -> Kubernetes:
     if site.kubernetes is None:
         what = "missing [kubernetes]: claim, and the SKUs by their node label"
-        raise SiteFileError(
-            what, where=SITE, remedy="add the table; see docs/operate/kubernetes.md"
-        )
+        remedy = "add the table; see docs/operate/kubernetes.md"
+        raise SiteFileError(what, where=SITE, remedy=remedy)
     return site.kubernetes
 
 

@@ -140,9 +140,8 @@ def find_runtime(site: Site) -> Runtime:
         raise SiteFileError(what, where=SITE, remedy=f"choose one of {', '.join(names)}")
     if RUNTIMES[name].source == "registry" and site.registry is None:
         what = "missing registry, from which the nodes pull images"
-        raise SiteFileError(
-            what, where=SITE, remedy='add registry = "HOST/NAME", and push the image there'
-        )
+        remedy = 'add registry = "HOST/NAME", and push the image there'
+        raise SiteFileError(what, where=SITE, remedy=remedy)
     return RUNTIMES[name]
 
 

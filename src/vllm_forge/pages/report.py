@@ -161,8 +161,6 @@ def _charts(root: Path) -> Iterator[tuple[str, str]]:
         try:
             content = base64.b64encode(read_plain(path, LARGEST_CHART)).decode()
         except (OSError, ValueError) as error:
-            remedy = "make it again, or delete it"
-            raise RecordFileError(
-                f"cannot read a chart: {error}", where=path, remedy=remedy
-            ) from None
+            what, remedy = f"cannot read a chart: {error}", "make it again, or delete it"
+            raise RecordFileError(what, where=path, remedy=remedy) from None
         yield path.relative_to(root / CHARTS).as_posix(), f"data:image/svg+xml;base64,{content}"

@@ -9,7 +9,6 @@ only with ``-v``; that is refused here (git-apply(1)).
 """
 
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ FIELDS = (
     "Skus", "Proves", "Drop-When",
 )  # fmt: skip
 SEPARATOR = "---\n"
+EXPORT = "run: vllm-forge patch checkout, and patch export"
 FORMS = {
     "Proves": (re.compile(r"^tests/[\w/]+\.py::\w+$"), "a test id, e.g. tests/a/test_b.py::test_c"),
     "Last-Update": (re.compile(r"^\d{4}-\d{2}-\d{2}$"), "YYYY-MM-DD"),
@@ -162,8 +162,8 @@ class TreeIndex:
     def git(self, *args: str) -> str:
         return self.repo.git(*args, env=self.env).stdout.decode()
 
-    def apply(self, patch: Patch, *options: str) -> subprocess.CompletedProcess[bytes]:
-        """``git apply``; -v names moved hunks, nowarn leaves whitespace as it is.
+    def apply(self, patch: Patch, *options: str) -> tuple[bool, str]:
+        """``git apply``: whether it was applied, and stderr; nowarn leaves whitespace as it is.
 
         CommandFailedError if git cannot read or write the repository.
         """
@@ -176,11 +176,11 @@ class TreeIndex:
             done.returncode not in {0, 1} and not (CORRUPT.search(stderr) or EMPTY.search(stderr))
         ):
             raise self.repo.failed("apply", done)
-        return done
+        return done.returncode == 0, stderr
 
     def reverses(self, patch: Patch) -> bool:
         """Whether the tree has the patch's change."""
-        return self.apply(patch, "--check", "--reverse").returncode == 0
+        return self.apply(patch, "--check", "--reverse")[0]
 
     def put(self, path: str, mode: str, content: bytes) -> None:
         """Add a file, or replace its content."""
@@ -226,18 +226,14 @@ def apply_series(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> Appli
     trees = [base]
     with tree_index(repo, base) as index:
         for patch in patches:
-            done = index.apply(patch)
-            stderr = done.stderr.decode(errors="replace")
-            if done.returncode != 0:
+            applied, stderr = index.apply(patch)
+            if not applied:
                 raise _refusal(repo, base, patch, stderr, index)
             if moved := MOVED.search(stderr):
-                raise errors.OffsetError(
-                    f"hunk {moved[1]} applies at line {moved[2]}, {moved[3]} lines from where it "
-                    "says",
-                    where=f"{patch.path} ({', '.join(patch.files)})",
-                    remedy="it was made for another tree: look at the new place, then run: "
-                    "vllm-forge patch checkout, and patch export",
-                )
+                what = f"hunk {moved[1]} applies at line {moved[2]}, {moved[3]} lines from where "
+                where = f"{patch.path} ({', '.join(patch.files)})"
+                remedy = f"it was made for another tree: look at the new place, then {EXPORT}"
+                raise errors.OffsetError(f"{what}it says", where=where, remedy=remedy)
             trees.append(index.tree())
             _require_canonical(repo, patch, *trees[-2:])
     return Applied(base=base, trees=tuple(trees[1:]))
@@ -255,8 +251,7 @@ def _require_canonical(repo: SourceRepo, patch: Patch, before: str, after: str) 
         rows = zip_longest(patch.diff.splitlines(), expected.splitlines())
         differ = (number for number, (row, canonical) in enumerate(rows, 1) if row != canonical)
         what = f"the diff is not in canonical form from its line {next(differ, 'last')} on"
-        remedy = "run: vllm-forge patch checkout, and patch export"
-        raise errors.NonCanonicalPatchError(what, where=patch.path, remedy=remedy)
+        raise errors.NonCanonicalPatchError(what, where=patch.path, remedy=EXPORT)
 
 
 def _refusal(
@@ -275,19 +270,15 @@ def _refusal(
     if index.reverses(patch):
         with tree_index(repo, base) as pristine:
             if pristine.reverses(patch):
-                return errors.AlreadyUpstreamError(
-                    f"{patch.name}: the release already has this change",
-                    where=where,
-                    remedy="drop it: delete the file and its line in the series, and record it as "
-                    "retired in dispositions.toml",
-                )
+                what = f"{patch.name}: the release already has this change"
+                remedy = "drop it: delete the file and its line in the series, and record it as "
+                remedy += "retired in dispositions.toml"
+                return errors.AlreadyUpstreamError(what, where=where, remedy=remedy)
         what = f"{patch.name}: an earlier patch of the series makes this change"
         return errors.AppliedTwiceError(what, where=where, remedy="delete one of the two")
     place = FAILED.search(stderr) or ABSENT.search(stderr)
     target = ":".join(place.groups()) if place else ", ".join(patch.files)
-    return errors.WrongContextError(
-        f"{patch.name} does not fit: {first}",
-        where=f"{target} (from {where})",
-        remedy="the patch was made for other code: look at it, then write the patch again for "
-        "this tree. GNU patch might take it with fuzz; we do not",
-    )
+    remedy = "the patch was made for other code: look at it, then write the patch again for "
+    remedy += "this tree. GNU patch might take it with fuzz; we do not"
+    what, where = f"{patch.name} does not fit: {first}", f"{target} (from {where})"
+    return errors.WrongContextError(what, where=where, remedy=remedy)

@@ -235,10 +235,9 @@ def verdicts(
     rows: list[Verdict | str] = []
     with tree_index(repo, tree) as index:
         for patch, _ in subject:
-            done = index.apply(patch)
-            stderr = done.stderr.decode(errors="replace")
+            applied, stderr = index.apply(patch)
             landed = _landed(patch, version)
-            if done.returncode == 0:
+            if applied:
                 rows.append(_applies(stderr, landed))
             elif index.reverses(patch):
                 rows.append(Verdict(answer=Answer.UPSTREAM, detail="the same change"))

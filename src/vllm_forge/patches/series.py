@@ -97,12 +97,9 @@ def fetch_base(lock: TreeLock, version: str, repo: SourceRepo) -> str:
     if tree is None:
         tree = repo.import_archive(version, fetch_archive(lock))
     if tree != lock.base:
-        raise errors.WrongBaseError(
-            f"the source tree of vLLM {version} is {tree}, the series is for {lock.base}",
-            where=repo.path,
-            remedy="the release may have been published again: look at what changed before you "
-            "make a new lock",
-        )
+        what = f"the source tree of vLLM {version} is {tree}, the series is for {lock.base}"
+        remedy = "the release may have been published again: look at what changed before you "
+        raise errors.WrongBaseError(what, where=repo.path, remedy=f"{remedy}make a new lock")
     return tree
 
 
@@ -183,11 +180,9 @@ def require_idempotent(repo: SourceRepo, applied: Applied, patches: Sequence[Pat
     """SeriesOrderError if a second run gives other trees, or a patch goes onto its own result."""
     again = apply.apply_series(repo, applied.base, patches)
     if again != applied:
-        raise errors.SeriesOrderError(
-            f"applied twice to the same source, the series gave {applied.result}, then "
-            f"{again.result}",
-            remedy="no result can be trusted: look for what is not a function of the patches",
-        )
+        what = f"applied twice to the same source, the series gave {applied.result}, then "
+        remedy = "no result can be trusted: look for what is not a function of the patches"
+        raise errors.SeriesOrderError(what + again.result, remedy=remedy)
     for patch, tree in zip(patches, applied.trees, strict=True):
         try:
             apply.apply_series(repo, tree, [patch])
@@ -197,12 +192,10 @@ def require_idempotent(repo: SourceRepo, applied: Applied, patches: Sequence[Pat
             outcome = f"was refused as {type(error).__name__}"
         else:
             outcome = "applied again"
-        raise errors.SeriesOrderError(
-            f"{patch.name} {outcome} on its own result, where it must be refused as "
-            f"{errors.AlreadyUpstreamError.__name__}",
-            where=patch.path,
-            remedy="its hunks fit in more than one place: give them context that fits in one",
-        )
+        what = f"{patch.name} {outcome} on its own result, where it must be refused as "
+        what += errors.AlreadyUpstreamError.__name__
+        remedy = "its hunks fit in more than one place: give them context that fits in one"
+        raise errors.SeriesOrderError(what, where=patch.path, remedy=remedy)
 
 
 def pairs(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> list[dict[str, Any]]:
@@ -217,13 +210,10 @@ def pairs(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> list[
         tree = tree and apply_one(repo, tree, first, moved=True)
         same = tree == applied.trees[index + 1]
         if not same and (tree is not None or not _touch(first, second)):
-            raise errors.SeriesOrderError(
-                f"{first.name} and {second.name} "
-                + ("give another tree" if tree else "do not apply")
-                + " in the other order",
-                where=first.path.parent,
-                remedy="make one patch of the two, or see which lines they share",
-            )
+            do = "give another tree" if tree else "do not apply"
+            what = f"{first.name} and {second.name} {do} in the other order"
+            remedy = "make one patch of the two, or see which lines they share"
+            raise errors.SeriesOrderError(what, where=first.path.parent, remedy=remedy)
         rows.append({"first": first.name, "second": second.name, "commutes": same})
     return rows
 
@@ -241,9 +231,8 @@ def trees_of_moved(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> lis
 def apply_one(repo: SourceRepo, tree: str, patch: Patch, *, moved: bool = False) -> str | None:
     """The tree after one patch, None where git refuses it; ``moved`` allows an offset."""
     with apply.tree_index(repo, tree) as index:
-        done = index.apply(patch)
-        offset = apply.MOVED.search(done.stderr.decode(errors="replace"))
-        return index.tree() if done.returncode == 0 and (moved or not offset) else None
+        applied, stderr = index.apply(patch)
+        return index.tree() if applied and (moved or not apply.MOVED.search(stderr)) else None
 
 
 def _taken_out(repo: SourceRepo, applied: Applied, patch: Patch, number: int) -> str | None:

@@ -107,12 +107,10 @@ def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]
         old_mode, new_mode, before, after, status = meta.removeprefix(":").split()
         module = path.startswith("vllm/") and path.endswith(".py") and path != GENERATED
         if status != "M" or old_mode != new_mode or not module:
-            raise errors.WheelSourceError(
-                f"the series does more than change Python files of the package: {status} {path}",
-                where=path,
-                remedy="a file outside the wheel needs a build from source, which this line has "
-                "not; keep such a change as a disposition",
-            )
+            what = f"the series does more than change Python files of the package: {status} {path}"
+            remedy = "a file outside the wheel needs a build from source, which this line has not; "
+            remedy += "keep such a change as a disposition"
+            raise errors.WheelSourceError(what, where=path, remedy=remedy)
         files.append(ChangedFile(path=path, before=before, after=after))
     return tuple(files)
 
@@ -191,12 +189,10 @@ def _require_source(repo: SourceRepo, base: str, wheel: zipfile.ZipFile, publish
     blobs = python_blobs(repo, base)
     for path in wheel.namelist():
         if path != GENERATED and path in blobs and blob_hash(wheel.read(path)) != blobs[path]:
-            raise errors.WheelSourceError(
-                f"{path} in the wheel is not the file of the source archive",
-                where=published,
-                remedy="the patches are proven against the source; do not build from this wheel "
-                "before you know why they differ",
-            )
+            what = f"{path} in the wheel is not the file of the source archive"
+            remedy = "the patches are proven against the source; do not build from this wheel "
+            remedy += "before you know why they differ"
+            raise errors.WheelSourceError(what, where=published, remedy=remedy)
 
 
 def replace_once(content: bytes, old: str, new: str, where: Path) -> bytes:

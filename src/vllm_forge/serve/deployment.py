@@ -111,18 +111,14 @@ class Deployment:
     def require_served(self) -> None:
         """Raise UnsupportedCellError if the cell's line does not serve this."""
         if (reason := self.why_not(self.cell.line_name)) is not None:
-            raise UnsupportedCellError(
-                f"line {self.cell.line_name} does not serve {self.artifact_name} with preset "
-                f"{self.preset_name}: {reason}",
-                where=f"matrix.toml, artifact.{self.artifact_name}.unserved",
-                remedy="choose another --line, --artifact or --preset",
-            )
+            what = f"line {self.cell.line_name} does not serve {self.artifact_name} with preset "
+            what, row = f"{what}{self.preset_name}: {reason}", f"artifact.{self.artifact_name}"
+            remedy = "choose another --line, --artifact or --preset"
+            raise UnsupportedCellError(what, where=f"matrix.toml, {row}.unserved", remedy=remedy)
         if self.other_drafter:
-            raise UnsupportedCellError(
-                f"{self.artifact_name} {self.other_drafter}",
-                where=" ".join(self.arguments),
-                remedy=f"correct {flags.SPECULATION}, or choose another --artifact",
-            )
+            what = f"{self.artifact_name} {self.other_drafter}"
+            remedy = f"correct {flags.SPECULATION}, or choose another --artifact"
+            raise UnsupportedCellError(what, where=" ".join(self.arguments), remedy=remedy)
 
 
 def presets_of(matrix: Matrix, sku: str) -> dict[str, str]:

@@ -134,12 +134,10 @@ class _Fetcher:
                 last = error
                 continue
             except OSError as error:  # not the network's: urllib3 wraps those
-                raise DiskSpaceError(
-                    f"{item.part.name} cannot be written: {error}",
-                    where=item.part.parent,
-                    remedy="free some space, or set VLLM_FORGE_CACHE to another disk; finished "
-                    "files are kept",
-                ) from error
+                what = f"{item.part.name} cannot be written: {error}"
+                remedy = "free some space, or set VLLM_FORGE_CACHE to another disk; finished "
+                remedy += "files are kept"
+                raise DiskSpaceError(what, where=item.part.parent, remedy=remedy) from error
             if self.stop.is_set():
                 return True
             last = None
@@ -155,24 +153,20 @@ class _Fetcher:
             what = f"{item.target.name} cannot be fetched: {type(last).__name__}: {last}"
             remedy = "check the network and the proxy; finished files are kept"
             raise errors.IndexUnreachableError(what, where=item.url, remedy=remedy)
-        raise errors.DownloadInterruptedError(
-            f"{item.target.name}: the connection broke {TRIES} times, {have} of {item.size} bytes "
-            f"are kept ({type(last).__name__})",
-            where=item.url,
-            remedy="run the same command again: it resumes where it stopped",
-        )
+        what = f"{item.target.name}: the connection broke {TRIES} times, {have} of {item.size} "
+        what += f"bytes are kept ({type(last).__name__})"
+        remedy = "run the same command again: it resumes where it stopped"
+        raise errors.DownloadInterruptedError(what, where=item.url, remedy=remedy)
 
     def _finish(self, item: Download) -> None:
         """Hash a part; rename it to its target."""
         before = inode(item.part.stat())
         if (digest := file_digest(item.part)) != item.sha256:
             item.part.unlink()
-            raise errors.HashMismatchError(
-                f"{item.target.name}: sha256 is {digest}, the lock says {item.sha256}",
-                where=item.url,
-                remedy="do not use this file. If the index is right and the lock is old, "
-                "make a new lock; otherwise the mirror may be compromised",
-            )
+            what = f"{item.target.name}: sha256 is {digest}, the lock says {item.sha256}"
+            remedy = "do not use this file. If the index is right and the lock is old, make a new "
+            remedy += "lock; otherwise the mirror may be compromised"
+            raise errors.HashMismatchError(what, where=item.url, remedy=remedy)
         remove(item.target)  # of another kind
         untouched = inode(item.part.stat()) == before
         item.part.rename(item.target)
@@ -203,12 +197,10 @@ class _Fetcher:
                         break
                     if have + len(block) > item.size:
                         item.part.unlink()
-                        raise errors.TruncatedFileError(
-                            f"{item.target.name}: the server's file is longer than {item.size} "
-                            "bytes",
-                            where=url,
-                            remedy="the mirror serves another file; use another index",
-                        )
+                        what = f"the server's file is longer than {item.size} bytes"
+                        what = f"{item.target.name}: {what}"
+                        remedy = "the mirror serves another file; use another index"
+                        raise errors.TruncatedFileError(what, where=url, remedy=remedy)
                     file.write(block)
                     have += len(block)
                     self._tick(len(block))

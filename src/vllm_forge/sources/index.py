@@ -208,11 +208,8 @@ class Index:
         return answer
 
     def _unusable(self, what: str) -> IndexUnreachableError:
-        return IndexUnreachableError(
-            f"the package index {what}",
-            where=self.url,
-            remedy=f"{CHECK_INDEX}; what was already fetched is kept",
-        )
+        remedy = f"{CHECK_INDEX}; what was already fetched is kept"
+        return IndexUnreachableError(f"the package index {what}", where=self.url, remedy=remedy)
 
     def files_of(self, projects: Iterable[str]) -> dict[str, list["DistributionPackage"]]:
         """The files of many projects, asked side by side."""

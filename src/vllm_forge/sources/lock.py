@@ -173,12 +173,10 @@ def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
         what = f"uv could not reach the package index:\n{done.stderr.strip()}"
         raise errors.IndexUnreachableError(what, where=index.url, remedy=CHECK_INDEX)
     if done.returncode != 0:
-        raise errors.ResolutionError(
-            f"uv finds no solution for vllm=={line.vllm} with torch=={line.torch}:\n"
-            f"{done.stderr.strip()}",
-            remedy="if a single requirement is in the way, an override with its reason in the "
-            "line's row is how to say so",
-        )
+        what = f"uv finds no solution for vllm=={line.vllm} with torch=={line.torch}:\n"
+        remedy = "if a single requirement is in the way, an override with its reason in the "
+        remedy += "line's row is how to say so"
+        raise errors.ResolutionError(what + done.stderr.strip(), remedy=remedy)
     return sorted(
         (canonicalize_name(found["name"]), found["version"])
         for found in RESOLVED.finditer(done.stdout)

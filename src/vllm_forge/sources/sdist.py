@@ -77,12 +77,10 @@ class SourceRepo:
         return self.git(*args, **options).stdout.decode(errors="replace").strip()
 
     def failed(self, command: str, done: subprocess.CompletedProcess[bytes]) -> CommandFailedError:
-        return CommandFailedError(
-            f"git {command} exited with {done.returncode}: "
-            f"{done.stderr.decode(errors='replace').strip()}",
-            where=self.path,
-            remedy="give write access and space; if it is damaged, delete it: it is made again",
-        )
+        stderr = done.stderr.decode(errors="replace").strip()
+        what = f"git {command} exited with {done.returncode}: {stderr}"
+        remedy = "give write access and space; if it is damaged, delete it: it is made again"
+        return CommandFailedError(what, where=self.path, remedy=remedy)
 
     def unpack(self, tree: str, paths: Sequence[str], folder: Path) -> None:
         """Write files of a tree to a folder."""
