@@ -319,17 +319,13 @@ def _wait(process: "subprocess.Popen[bytes]", plan: Plan, log: Path) -> float:
         if (code := process.poll()) is not None:
             problem = f"it ended with {code}"
         if problem:
-            tail = printable(_end_of(log)).strip()
+            with log.open("rb") as file:
+                file.seek(max(0, log.stat().st_size - TAIL))
+                tail = printable(file.read(TAIL).decode(errors="replace")).strip()
             what = f"the server did not start: {problem}\n{tail}"
             raise ServerStartError(what, where=log, remedy="see the end of its log above")
         time.sleep(POLL_S)
     return round(time.monotonic() - begin, 1)
-
-
-def _end_of(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - TAIL))
-        return file.read(TAIL).decode(errors="replace")
 
 
 def _say(journal: Journal, plan: Plan, order: int) -> None:

@@ -226,13 +226,13 @@ def _derived(row: claims.Derived, *_: object) -> Verdict:
     printed, exact = span(row.value, row.unit), row.starts is None and not row.rounded
     operands = [operand(quantity, whole_is_exact=exact) for quantity in row.of]
     detail = f"{rule.label}: {rule.compute(*map(number, row.of)):.4g}"
+    word, method = Word.CONSISTENT, "arithmetic"
     if not follows(rule, operands).meets(printed):
-        detail += _otherwise(row, operands, printed)
-        return Verdict(Word.CONTRADICTED, "arithmetic", n, detail)
-    if row.starts is not None and row.starts < STARTS:
+        word, detail = Word.CONTRADICTED, detail + _otherwise(row, operands, printed)
+    elif row.starts is not None and row.starts < STARTS:
+        word, method = Word.UNDECIDED, "arithmetic, starts"
         detail += f"; {row.starts} start of each server, so restart noise is unknown"
-        return Verdict(Word.UNDECIDED, "arithmetic, starts", n, detail)
-    return Verdict(Word.CONSISTENT, "arithmetic", n, detail)
+    return Verdict(word, method, n, detail)
 
 
 def _otherwise(row: claims.Derived, operands: list[Span], printed: Span) -> str:

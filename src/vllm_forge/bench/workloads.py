@@ -156,7 +156,14 @@ def load(name: str, brought: Source | None = None, path: Path = ROWS) -> Loaded:
     def parse(content: bytes) -> tuple[Item, ...]:
         if (digest := hashlib.sha256(content).hexdigest()) != source.sha256:
             raise ValueError(f"the data's SHA-256 is {digest}, expected {source.sha256}")
-        return _items(unpacked(content) if source.path.suffix == ".gz" else content, keys)
+        data = unpacked(content) if source.path.suffix == ".gz" else content
+        rows = enumerate(parse_lines(data, lambda row: _item(keys, row)), 1)
+        items = tuple(item if item.name else replace(item, name=f"{n}") for n, item in rows)
+        if len({item.name for item in items}) < len(items):
+            raise ValueError("two items have one name")
+        if not items:
+            raise ValueError("it is empty")
+        return items
 
     keys = row.keys or Keys(prompt="")
     names = ", ".join(filter(None, keys.model_dump().values()))
@@ -216,17 +223,6 @@ def _source(name: str, row: Workload, source: Source | None) -> Source:
         raise LibraryMissingError(what, remedy=EXTRA) from None
     path = Path(str(distribution.locate_file(package.file)))
     return Source(path, row.sha256, package.license)
-
-
-def _items(content: bytes, keys: Keys) -> tuple[Item, ...]:
-    """The items of JSONL; ValueError."""
-    rows = parse_lines(content, lambda row: _item(keys, row))
-    items = [item if item.name else replace(item, name=f"{n}") for n, item in enumerate(rows, 1)]
-    if len({item.name for item in items}) < len(items):
-        raise ValueError("two items have one name")
-    if not items:
-        raise ValueError("it is empty")
-    return tuple(items)
 
 
 def _item(keys: Keys, row: dict[str, Any]) -> Item:
