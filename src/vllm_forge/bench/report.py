@@ -104,7 +104,8 @@ def _comparisons(arms: Sequence[Arm], gates: Mapping[str, Gate]) -> Iterator[dic
 def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
     """Copy a session's results to a folder of ``target`` that is named after it and its day.
 
-    ResultFileError: at a concurrency, its records have other starts than its list of starts says;
+    ResultFileError: at a concurrency, its records have other starts than its list of starts says,
+    or there are none;
     a file is a link; its crosscheck is of another record; another session would be replaced.
     """
     journal: Journal = read_data(
@@ -121,6 +122,10 @@ def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
     if len(sessions) != 1 or any(names != starts for names in kept.values()):
         known = {concurrency: sorted(names) for concurrency, names in kept.items()}
         what = f"by concurrency, its records have {known}, its list of starts {sorted(starts)}"
+        remedy = "give the whole output folder of one session"
+        raise ResultFileError(what, where=folder, remedy=remedy)
+    if lacking := set(journal.concurrency) - kept.keys():
+        what = f"there is no record at concurrency {', '.join(map(str, sorted(lacking)))}"
         remedy = "give the whole output folder of one session"
         raise ResultFileError(what, where=folder, remedy=remedy)
     began = journal.attempts[0].began

@@ -59,6 +59,7 @@ class Attempt(FrozenModel):
 class Journal(FrozenModel):
     format: Literal["bench-session/1"] = "bench-session/1"
     plan_sha256: str
+    concurrency: tuple[Count, ...] = ()  # of the plan; none in older lists
     attempts: tuple[Attempt, ...] = ()
 
 
@@ -211,7 +212,8 @@ def _parts(plan: Plan, prompts: list[Prompt], folder: Path) -> list[list[Prompt]
 
 def _read_journal(path: Path, plan: Plan, *, retry: bool) -> Journal:
     if not path.exists():
-        return Journal(plan_sha256=plan.digest)
+        levels = tuple(one.concurrency for one in plan.conditions)
+        return Journal(plan_sha256=plan.digest, concurrency=levels)
     remedy = "give another output folder"
     journal: Journal = read_data(
         path, Journal.model_validate, SessionFileError, what="list of starts", remedy=remedy

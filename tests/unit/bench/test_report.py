@@ -170,6 +170,12 @@ def other_session(output: Path, name: str, *arms: str) -> None:
         write_json(path, {**json.loads(path.read_text()), "session": name})
 
 
+def two_levels(output: Path) -> None:
+    """As if the records of the other one had been left out."""
+    journal = json.loads((output / JOURNAL).read_text())
+    write_json(output / JOURNAL, {**journal, "concurrency": [8, 32]})
+
+
 def other_list(output: Path, **fields: object) -> None:
     journal = json.loads((output / JOURNAL).read_text())
     rows = [{**row, **fields} for row in journal["attempts"]]
@@ -194,6 +200,7 @@ def signed_by_link(output: Path) -> None:
         (lambda output: other_list(output, state="running"), "its list of starts"),
         (lambda output: other_list(output, arm="mtp"), "its list of starts"),
         (lambda output: served(output, "plain", A, c=1), "its list of starts"),  # without mtp's
+        (two_levels, "no record at concurrency 32"),
         (signed_by_link, "not a plain file"),
         (lambda output: other_session(output, "s2", "mtp"), "its list of starts"),
         (lambda output: (output / "mtp-c8.json").unlink(), "its list of starts"),

@@ -126,6 +126,7 @@ def test_each_start_has_a_server_of_its_own(
                                 (3, "a", "done")]  # fmt: skip
     assert "start 4 of 4, arm a" in capsys.readouterr().err
     assert len(list((output / "logs").iterdir())) == 4
+    assert json.loads((output / JOURNAL).read_text())["concurrency"] == [1, 2]
     for concurrency in (1, 2):
         a, b = (read_arm(record_path(output, name, concurrency)) for name in "ab")
         assert [start.order for start in a.result.starts] == [0, 3]
