@@ -101,7 +101,7 @@ def build_image(plan: ImagePlan, runner: host.Runner) -> tuple[layout.Image, boo
     with host.exclusive(f"build-{plan.cell.name}", wait=False):
         if known := plan.up_to_date():
             return known, False
-        require_host()
+        require_host(plan.target)
         if plan.record_path.exists():  # else nothing can be up to date, and they come with wheels
             plan = with_packages(plan)
             if known := plan.up_to_date():  # once more on current packages

@@ -255,11 +255,12 @@ class ImagePlan:
         require_disk(cache_root(), fetch + write + SYSTEM_BYTES)
 
 
-def require_host() -> None:
+def require_host(target: Path) -> None:
     """Refuse a host where a build would fail halfway.
 
-    EngineSetupError: not x86_64, which wheels, packages and checks are for; CacheError: engines
-    read a character of the cache's path as syntax; FileAccessError: TMPDIR cannot be used.
+    EngineSetupError: not x86_64, which wheels, packages and checks are for; CacheError,
+    LayoutError: tools read a character of the cache's path, or of ``target``, as syntax;
+    FileAccessError: TMPDIR cannot be used.
     """
     if found := sorted(set(SYNTAX) & set(str(cache_root()))):
         what = (
@@ -267,6 +268,9 @@ def require_host() -> None:
         )
         remedy = "set VLLM_FORGE_CACHE to a folder without these characters"
         raise CacheError(what, where=cache_root(), remedy=remedy)
+    if ":" in str(target):
+        what = "the path of the image has a colon, after which skopeo expects a tag"
+        raise LayoutError(what, where=target, remedy="choose another --output")
     scratch = os.environ.get("TMPDIR")
     if scratch and not (Path(scratch).is_absolute() and os.access(scratch, os.W_OK | os.X_OK)):
         what = "TMPDIR is not the absolute path of a folder that can be written"

@@ -21,6 +21,7 @@ from vllm_forge.host.files import file_digest
 from vllm_forge.images import layer_checks, layout
 from vllm_forge.images.errors import ImageCheckError, LayoutError
 from vllm_forge.images.layer import members
+from vllm_forge.images.plan import require_host
 from vllm_forge.images.prewarm import Prewarm, tree_digest
 from vllm_forge.images.wheel_layers import record_layers
 from vllm_forge.images.wheels import site_packages
@@ -96,6 +97,12 @@ def test_cache_that_engines_misread_is_refused_at_once(
     with pytest.raises(CacheError, match="read as syntax"):
         fast_build(mini, "alpha")
     assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["locks"]
+
+
+def test_image_that_skopeo_could_not_read_is_not_built(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match="expects a tag"):
+        require_host(tmp_path / "a:b")
+    require_host(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["/nonexistent", "relative", "/proc/version"])
