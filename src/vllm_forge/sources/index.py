@@ -33,7 +33,7 @@ BACKOFF_S = 0.4
 LONGEST_WAIT_S = 30  # whatever Retry-After says
 TIMEOUT_S = (15, 60)  # to connect; between two reads
 HEADERS_S = 60
-CHUNK = 1 << 20
+CHUNK = 1 << 16  # a TLS record has a quarter of it; for 1 MiB, each read maps fresh pages
 PAGE_BYTES = 64 << 20  # the largest known page of a project has 3 MB
 PAGE_S = 120
 # Both become parts of paths in the cache.
