@@ -210,6 +210,29 @@ def test_many_unknown_names_take_seconds(files: dict[str, bytes]) -> None:
     assert time.process_time() - start < 20
 
 
+@pytest.mark.parametrize("value", ["x" * 1_000_000, "re:(" + "x" * 60_000], ids=range(2))
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("model_type",), ("quantization_config", "quant_method"),
+        ("quantization_config", "format"), ("quantization_config", "scale_fmt"),
+        ("quantization_config", "ignore", 0),
+        ("quantization_config", "config_groups", "group_0", "targets", 0),
+        ("quantization_config", "config_groups", "group_0", "input_activations", "dynamic"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_words_of_a_config_are_shown_in_part(
+    files: dict[str, bytes], path: tuple[Any, ...], value: str
+) -> None:
+    config = _edited(json.loads(files[CONFIG]), path, value)
+    try:
+        told = inspect_files({**files, CONFIG: json.dumps(config).encode()}).model_dump_json()
+    except CheckpointUnreadableError as error:
+        told = str(error)
+    assert len(told) < 50_000
+
+
 def test_names_are_short(files: dict[str, bytes]) -> None:
     """A message never shows megabytes of one."""
     index = json.loads(files[INDEX])

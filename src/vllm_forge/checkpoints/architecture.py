@@ -31,6 +31,7 @@ DSPARK_BLOCKS = 3
 MOST = 1 << 24
 MOST_EXPERTS = 1 << 18  # of all layers
 MOST_GROUPS = 256
+MOST_CHARACTERS = 200  # of what messages show whole
 SHOWN = 5  # problems
 LINEAR_CLASS, PATTERN = "Linear", "re:"
 # From here on the model says which projections are fused (nvidia/model.py packed_modules_mapping),
@@ -52,11 +53,14 @@ def _one_line(text: str) -> str:
 def _scalar(value: Any) -> Any:
     if isinstance(value, list | dict):
         raise ValueError("expected a name, a number or a truth value")  # noqa: TRY004 - of pydantic
+    if len(str(value)) > MOST_CHARACTERS:
+        raise ValueError(f"expected at most {MOST_CHARACTERS} characters")
     return value
 
 
 Size = Annotated[int, Field(ge=1, le=MOST)]
 Text = Annotated[str, AfterValidator(_one_line)]
+Name = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Scalar = Annotated[Any, AfterValidator(_scalar)]
 
 
@@ -129,9 +133,10 @@ class Group(_Keys):
 
 
 class Quantization(_Keys):
-    quant_method: str | None = None
-    format: str | None = None
-    moe_quant_algo: str | None = None
+    quant_method: Name | None = None
+    format: Name | None = None
+    moe_quant_algo: Name | None = None
+    scale_fmt: Scalar = None
     ignore: list[Text] | None = None
     config_groups: dict[Text, Group] | None = Field(default=None, max_length=MOST_GROUPS)
 
@@ -176,7 +181,7 @@ class Config(_Keys):
 def require_deepseek_v4(config: Mapping[str, Any], where: str) -> None:
     """Refuse the config of another model, or one that cannot be right, with its problems."""
     if (kind := config.get("model_type")) != MODEL_TYPE:
-        what = f"model_type is {kind!r}, not {MODEL_TYPE!r}"
+        what = f"model_type is {repr(kind)[:MOST_CHARACTERS]}, not {MODEL_TYPE!r}"
         raise CheckpointUnreadableError(what, where=where, remedy="give a DeepSeek V4 checkpoint")
     try:
         Config.model_validate(dict(config))

@@ -15,6 +15,7 @@ TABLE: dict[str, dict[str, Any]] = tomllib.loads(
 FAULTS: dict[str, dict[str, Any]] = TABLE["fault"]
 ALIASES: dict[str, str] = TABLE["alias"]
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+MOST_CHARACTERS = 2000  # of a thing that was found
 DRAFTS = ("mtp.", "model.mtp.")  # vLLM does not take the second, but it means the drafter
 
 
@@ -69,7 +70,8 @@ def finding(fault: str, *found: object, **changes: Any) -> Finding:
     ``changes`` replace other fields of the row.
     """
     row = FAULTS[fault]
-    return Finding.model_validate(row | {"what": row.get("what", "{}").format(*found)} | changes)
+    shown = (item[:MOST_CHARACTERS] if isinstance(item, str) else item for item in found)
+    return Finding.model_validate(row | {"what": row.get("what", "{}").format(*shown)} | changes)
 
 
 def by_scope(names: Iterable[str]) -> Iterator[tuple[Scope, list[str]]]:
