@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     import vllm_forge.serve.command as shell
 
 PLAN_WIDTH = 130
+# A value in a command line is seen by every user of the host.
+SECRETS = {KEY: "give --api-key-file"} | dict.fromkeys(
+    ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), "leave its value out: it is taken from the environment"
+)
 OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")  # of Kubernetes
 
 
@@ -85,8 +89,10 @@ def _options(args: argparse.Namespace) -> "shell.ServeOptions":
     key = args.api_key_file and args.api_key_file.resolve()
     named = {name: getattr(args, name) for name in ("image", "port", "name", "detach", "replica")}
     ids = args.gpu_ids.split(",") if args.gpu_ids else ()
-    if secret := [text for text in args.env if text.startswith(f"{KEY}=")]:
-        args.parser.error(f"invalid --env {secret[0].partition('=')[0]}: give --api-key-file")
+    for variable in args.env:
+        name, given, _ = variable.partition("=")
+        if given and name in SECRETS:
+            args.parser.error(f"invalid --env {name}: {SECRETS[name]}")
     try:
         return ServeOptions.model_validate({**named, "key": key, "gpu_ids": ids, "env": args.env})
     except ValidationError as error:

@@ -47,6 +47,7 @@ ELSEWHERE = ("--cpu-offload-gb", "--offload-backend", "--kv-cache-memory-bytes",
 OURS = {
     "--port": "give --port before --", "--model": "give --model or --artifact before --",
     "--api-key": "give --api-key-file before --: arguments are seen by every user of the host",
+    "--hf-token": "give --env HF_TOKEN before --: arguments are seen by every user of the host",
     "--config": "give its flags themselves: a file cannot be judged",
     "--uds": "leave it out: the container publishes a port",
     "--host": "leave it out: the container's addresses are its own, and --port publishes them",
