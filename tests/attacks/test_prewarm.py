@@ -5,10 +5,12 @@ Only plain files and folders of it enter an image.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +102,23 @@ def test_copy_for_a_kit_is_the_folder(folder: Path, tmp_path: Path) -> None:
     assert tree_digest(tmp_path / "copy") == tree_digest(folder)
     status = (tmp_path / "copy" / "triton" / "kernel.cubin").stat()
     assert (status.st_mode & 0o777, status.st_mtime_ns) == (0o750, 1_000_000_007)
+
+
+@pytest.mark.parametrize("call", ["scandir", "open"])
+def test_part_that_cannot_be_read_is_not_left_out(
+    folder: Path, tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a container that ran as root with umask 077, read by another user."""
+    known = getattr(os, call)
+
+    def refuse(place: Any, *given: Any, **named: Any) -> object:
+        if str(place).endswith("triton"):
+            raise PermissionError(errno.EACCES, "Permission denied", place)
+        return known(place, *given, **named)
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(PermissionError):
+        copy_plain(folder, tmp_path / "copy") if call == "open" else require_plain(folder)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes a device: run as root")

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, NoReturn, cast
 
 from vllm_forge.host import gigabytes, hash_of, open_plain, read_data
 from vllm_forge.host.files import file_digest
@@ -174,10 +174,15 @@ def require_plain(folder: Path) -> list[Path]:
 
     Raises ForeignFileError: a link, FIFO, device, socket, a file with a second name, a name with
     control characters, or more than MOST bytes: such a folder could bring files of the host into an
-    image, or hold the build.
+    image, or hold the build. OSError: a part of it cannot be read.
     """
     files, size = [], 0
-    for path in sorted(folder.rglob("*")):
+    found = [  # rglob would leave out what it cannot read
+        Path(place, name)
+        for place, folders, names in os.walk(folder, onerror=_raise)
+        for name in (*folders, *names)
+    ]
+    for path in sorted(found):
         status = path.lstat()
         if not path.name.isprintable():
             raise _foreign(f"{path.name!r} is not a printable name", folder)
@@ -200,7 +205,8 @@ def copy_plain(source: Path, target: Path) -> None:
     Each file is opened once, and judged when it is open. Raises ForeignFileError: see there.
     """
     size = 0
-    for place, _, names, folder in os.fwalk(source):  # keeps folders open, and follows no link
+    # It keeps folders open, and follows no link.
+    for place, _, names, folder in os.fwalk(source, onerror=_raise):
         below = target / Path(place).relative_to(source)
         below.mkdir()
         for name in names:
@@ -217,6 +223,10 @@ def copy_plain(source: Path, target: Path) -> None:
             (below / name).chmod(status.st_mode & 0o777)
             os.utime(below / name, ns=(status.st_atime_ns, status.st_mtime_ns))  # compilers ask
     require_plain(target)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _foreign(what: str, where: Path) -> ForeignFileError:
