@@ -27,7 +27,7 @@ from vllm_forge.host import (
     remove,
     which,
 )
-from vllm_forge.host.errors import CommandFailedError, FileAccessError
+from vllm_forge.host.errors import FileAccessError
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import BaseImageError, LayoutError
 from vllm_forge.images.layer import TAR, LayerBlob, read_blocks
@@ -178,13 +178,8 @@ def _write_archive(base: Base, lock: debian.BaseLock, folder: Path) -> None:
     stanzas = []
     for package, file in zip(lock.packages, debian.verified_debs(lock), strict=True):
         link_or_copy(file, folder / file.name)
-        argv = ["dpkg-deb", "--field", str(file)]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        if done.returncode:
-            what = f"dpkg-deb exited with {done.returncode}: {done.stderr.strip()}"
-            raise CommandFailedError(what, where=file, remedy="see its output above")
         rows = f"Filename: ./{file.name}\nSize: {package.size}\nSHA256: {package.sha256}\n"
-        stanzas.append(f"{done.stdout}{rows}")
+        stanzas.append(f"{debian.control(file)}{rows}")
     packages = "\n".join(stanzas)
     (folder / "Packages").write_text(packages)
     digest = hashlib.sha256(packages.encode()).hexdigest()

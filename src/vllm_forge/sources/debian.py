@@ -1,12 +1,18 @@
 """The lock of the image's Debian packages: a row per .deb, made from the archive's signed lists."""
 
 import hashlib
+import io
+import lzma
 import re
+import subprocess
+import tarfile
 from collections.abc import Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_forge.host import cache_root, exclusive, hash_of, write_whole
+from vllm_forge.host import cache_root, exclusive, hash_of, open_plain, write_whole
+from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.matrix import Base
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
 from vllm_forge.sources.fetch import Download, download_all, verified
@@ -154,3 +160,25 @@ def fetch_debs(lock: BaseLock, archives: Sequence[str]) -> None:
 def verified_debs(lock: BaseLock) -> list[Path]:
     """Files of the lock, whose bytes were hashed just now; see ``fetch.verified``."""
     return [verified(package.file, package.sha256) for package in lock.packages]
+
+
+def control(deb: Path) -> str:
+    """The control file of a package (deb(5)). dpkg-deb, which starts two programs, reads the rest.
+
+    Raises CommandFailedError: it cannot be read.
+    """
+    with suppress(ValueError, EOFError, tarfile.TarError, lzma.LZMAError), open_plain(deb) as file:
+        file.seek(8)  # the magic of ar(5), of which each member has a header of 60 bytes
+        while header := file.read(60):
+            size = int(header[48:58])
+            if header.startswith(b"control.tar"):
+                tar = tarfile.open(fileobj=io.BytesIO(file.read(size)))  # noqa: SIM115
+                for content in (tar.extractfile(row) for row in tar if row.name == "./control"):
+                    return content.read().decode() if content else ""
+            file.seek(size + size % 2, 1)
+    argv = ["dpkg-deb", "--field", str(deb)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        what = f"dpkg-deb exited with {done.returncode}: {done.stderr.strip()}"
+        raise CommandFailedError(what, where=deb, remedy="see its output above")
+    return done.stdout

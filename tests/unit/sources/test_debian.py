@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.index_server import refusing_port, serve_folder
+from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.project import Project
 from vllm_forge.sources.debian import (
     BaseLock,
     DebianPackage,
+    control,
     fetch_debs,
     input_digest,
     parse_index,
@@ -137,6 +140,21 @@ def test_committed_lock_has_all_packages_of_the_matrix() -> None:
     lock = read_base_lock(project.root, project.matrix.base)
     assert lock is not None
     assert set(project.matrix.base.packages) < {package.name for package in lock.packages}
+
+
+@pytest.mark.parametrize("compression", ["xz", "gzip", "none", "zstd"])
+def test_control_file_is_what_dpkg_reads(compression: str, tmp_path: Path) -> None:
+    text = "Package: tiny\nVersion: 1:2-3\nArchitecture: all\nMaintainer: nobody <n@example>\n"
+    text += "Description: a package\n of two lines\n"
+    (tmp_path / "tree" / "DEBIAN").mkdir(parents=True)
+    (tmp_path / "tree" / "DEBIAN" / "control").write_text(text)
+    deb = tmp_path / "tiny.deb"
+    argv = ["dpkg-deb", "--uniform-compression", f"-Z{compression}", "--build"]
+    subprocess.run([*argv, tmp_path / "tree", deb], check=True, capture_output=True)
+    assert control(deb) == text
+    deb.write_bytes(deb.read_bytes()[:150])
+    with pytest.raises(CommandFailedError, match="dpkg-deb exited with 2"):
+        control(deb)
 
 
 def test_archive_that_moved_on_is_followed_by_the_snapshot(lock: BaseLock, tmp_path: Path) -> None:
