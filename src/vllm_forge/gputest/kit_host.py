@@ -308,7 +308,8 @@ def run_in(run: Run) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code  # as a shell says which signal ended it
 
 
 def become(run: Run) -> NoReturn:

@@ -328,6 +328,26 @@ def test_killing_the_kit_ends_its_commands(folder: Path, uid: str) -> None:
         assert ended
 
 
+@ROOT_ONLY
+def test_signal_that_ends_the_command_is_the_exit_code(folder: Path) -> None:
+    call(folder, "unpack")
+    command = [
+        "sh",
+        str(folder / "run.sh"),
+        "exec",
+        "--",
+        "sh",
+        "-c",
+        "echo ready; exec sleep 1000",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line == "ready\n" for line in process.stdout)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+    assert process.returncode == 137
+
+
 def test_parts_of_another_kit_are_not_counted(folder: Path, tmp_path: Path) -> None:
     """Kits have parts of the same names; a part of this kit may be that of no other."""
     call(folder, "take")
