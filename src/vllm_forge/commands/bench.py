@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from vllm_forge.commands.parsers import (
     JSON,
@@ -179,30 +179,24 @@ def _command(bench: Commands, name: str, call: Call, *parents: Parser, **setting
 def claims(project: Project, args: argparse.Namespace) -> None:
     """Judge the figures of a model card; of the project's, write record, chart and page."""
     from vllm_forge.bench.claims import CLAIMS
+    from vllm_forge.bench.plots import forest
     from vllm_forge.bench.verdicts import judge
-    from vllm_forge.pages.claims import HEAD, PAGE, summary, terminal_rows
+    from vllm_forge.host import write_json
+    from vllm_forge.host.files import write_whole
+    from vllm_forge.pages.claims import CHART, HEAD, PAGE, RECORD, summary, terminal_rows
+    from vllm_forge.pages.registry import write_pages
 
     if args.card is None:
         project.require_checkout(args.parser.prog)
     record = judge(args.card or project.root / CLAIMS)
     if args.card is None:
-        _write_claims(project, record)
+        write_json(project.root / RECORD, record)
+        write_whole(project.root / CHART, forest(record))
+        _draw_published(project)
+        write_pages(project, PAGE)
     print_table(args, record, HEAD, terminal_rows(record))
     if not args.json:
         print(f"{summary(record)}: {args.card or PAGE}")
-
-
-def _write_claims(project: Project, record: dict[str, Any]) -> None:
-    from vllm_forge.bench.plots import forest
-    from vllm_forge.host import write_json
-    from vllm_forge.host.files import write_whole
-    from vllm_forge.pages.claims import CHART, PAGE, RECORD
-    from vllm_forge.pages.registry import write_pages
-
-    write_json(project.root / RECORD, record)
-    write_whole(project.root / CHART, forest(record))
-    _draw_published(project)
-    write_pages(project, PAGE)
 
 
 def _draw_published(project: Project) -> None:

@@ -136,29 +136,24 @@ def quantize(project: Project, args: argparse.Namespace) -> None:
 
 def fixtures(project: Project, args: argparse.Namespace) -> None:
     """Make tiny checkpoints in the cache, or one of an artifact's size."""
-    if args.artifact is not None or args.recipe or FULL in args.names:
-        _full(project, args)
-        return
-
     from vllm_forge.checkpoints.fixtures.cached import FIXTURES, fixture, fixture_path, is_whole
+    from vllm_forge.checkpoints.fixtures.full import recipe_of, write_full, write_recipe
     from vllm_forge.checkpoints.fixtures.tiny import TINY
+
+    if args.artifact is not None or args.recipe or FULL in args.names:
+        if args.names != [FULL] or args.artifact is None:
+            what = f"expected: fixtures {FULL} --artifact NAME DIR [--recipe]"
+            raise UsageError(what, remedy="give an artifact, and a directory that will be made")
+        name, folder = args.artifact[0], Path(args.artifact[1])
+        (write_recipe if args.recipe else write_full)(recipe_of(project.matrix, name), folder)
+        print(folder)
+        return
 
     names, spec = args.names or list(FIXTURES), TINY.split_over(args.tensor_parallel)
     if not all(is_whole(fixture_path(project, name, spec)) for name in names):
         enter(project, sys.argv[1:])
     for name in names:
         print(f"{name}: {fixture(project, name, spec)}")
-
-
-def _full(project: Project, args: argparse.Namespace) -> None:
-    from vllm_forge.checkpoints.fixtures.full import recipe_of, write_full, write_recipe
-
-    if args.names != [FULL] or args.artifact is None:
-        what = f"expected: fixtures {FULL} --artifact NAME DIR [--recipe]"
-        raise UsageError(what, remedy="give an artifact, and a directory that will be made")
-    name, folder = args.artifact[0], Path(args.artifact[1])
-    (write_recipe if args.recipe else write_full)(recipe_of(project.matrix, name), folder)
-    print(folder)
 
 
 def tools(project: Project, _: argparse.Namespace) -> None:

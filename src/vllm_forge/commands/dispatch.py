@@ -22,13 +22,13 @@ from vllm_forge.matrix.errors import UnsupportedCellError
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
-    from vllm_forge.dispatch.builds import LineBuild
     from vllm_forge.dispatch.jobs import Work
     from vllm_forge.dispatch.results import Outcome
     from vllm_forge.dispatch.runs import RunRecord
     from vllm_forge.dispatch.site import Site
 
 SCHEDULERS = ("slurm", "kubernetes")
+FORECAST_HEAD = ["nodes", "minutes", "downloaded, GB", "copied to nodes, GB"]
 
 
 def _names(text: str) -> list[str]:
@@ -217,7 +217,14 @@ def build(project: Project, args: argparse.Namespace) -> None:
     args.skus, args.lines = args.skus or list(matrix.sku), args.lines or list(matrix.line)
     lines = builds.longest_first(builds.line_builds(project, _cells(project, args)))
     if args.plan:
-        _show_forecasts(project, args, lines)
+        rates = builds.measured_rates(project)
+        forecasts = [builds.forecast(lines, rates, nodes) for nodes in range(1, len(lines) + 1)]
+        cells = [
+            [str(row.nodes), f"{row.seconds / 60:.1f}", f"{row.downloaded / 1e9:.1f}",
+             f"{row.copied / 1e9:.1f}"]
+            for row in forecasts
+        ]  # fmt: skip
+        print_table(args, [asdict(row) for row in forecasts], FORECAST_HEAD, cells)
         return
     site, run = _site(project, args), new_run()
     text = builds.script(project, lines, site, run)
@@ -225,20 +232,6 @@ def build(project: Project, args: argparse.Namespace) -> None:
     builds.fill_folder(project, lines, Path(site.storage.root) / builds.SHARED)
     rows = builds.send(path, lines, Runner())
     print_json(args, rows) if args.json else print("\n".join(rows))
-
-
-def _show_forecasts(project: Project, args: argparse.Namespace, lines: list["LineBuild"]) -> None:
-    from vllm_forge.dispatch.builds import forecast, measured_rates
-
-    rates = measured_rates(project)
-    rows = [forecast(lines, rates, nodes) for nodes in range(1, len(lines) + 1)]
-    head = ["nodes", "minutes", "downloaded, GB", "copied to nodes, GB"]
-    cells = [
-        [str(row.nodes), f"{row.seconds / 60:.1f}", f"{row.downloaded / 1e9:.1f}",
-         f"{row.copied / 1e9:.1f}"]
-        for row in rows
-    ]  # fmt: skip
-    print_table(args, [asdict(row) for row in rows], head, cells)
 
 
 def _show(

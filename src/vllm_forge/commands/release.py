@@ -24,9 +24,8 @@ from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from vllm_forge.release.evidence import Trust
-    from vllm_forge.release.published import Published
     from vllm_forge.release.registry import Reference
-    from vllm_forge.release.verify import Report, Verification
+    from vllm_forge.release.verify import Verification
     from vllm_forge.signing import Keyring, PrivateKey
 
 STAGES = ("dev", "candidate", "release")
@@ -143,6 +142,7 @@ def release(project: Project, args: argparse.Namespace) -> None:
 def verify(project: Project, args: argparse.Namespace) -> None:
     """Verify an image of a registry or a folder: bytes, statements, who signed them."""
     from vllm_forge.release.rebuild import rebuild
+    from vllm_forge.release.verify import describe
 
     if args.offline and args.rebuild:
         raise UsageError("--rebuild downloads what is not in the cache", remedy="drop --offline")
@@ -157,7 +157,14 @@ def verify(project: Project, args: argparse.Namespace) -> None:
         provenance, published = verification.provenances[0], verification.published
         left = rebuild(project, published, provenance, Runner())
         report.rebuilt, report.not_checked = not left, report.not_checked + left
-    _answer(args, report)
+    if args.json:
+        print_json(args, report.document())
+    else:
+        print(describe(report))
+    for error in report.findings[1:]:
+        console.print(f"{type(error).__name__}: {error}", markup=False)
+    for error in report.findings[:1]:
+        raise error
 
 
 def notes(project: Project, args: argparse.Namespace) -> None:
@@ -269,37 +276,17 @@ def _place(text: str) -> "Reference | Path":
     return path if is_folder else Reference.parse(text)
 
 
-def _open(args: argparse.Namespace, text: str) -> "Published":
-    from vllm_forge.release.published import from_layout, from_registry
-
-    place = _place(text)
-    if isinstance(place, Path):
-        return from_layout(place)
-    if getattr(args, "offline", False):
-        what, remedy = "--offline, and the image is in a registry", "give the folder of a mirror"
-        raise UsageError(what, where=place, remedy=remedy)
-    return from_registry(place, args.ca)
-
-
 def _verification(project: Project, args: argparse.Namespace, text: str) -> "Verification":
     from vllm_forge.release.gate import policy_of
+    from vllm_forge.release.published import from_layout, from_registry
     from vllm_forge.release.verify import Verification
 
-    trust = _trust(project, args, args.key)
+    trust, place = _trust(project, args, args.key), _place(text)
+    if getattr(args, "offline", False) and not isinstance(place, Path):
+        what, remedy = "--offline, and the image is in a registry", "give the folder of a mirror"
+        raise UsageError(what, where=place, remedy=remedy)
     return Verification(
-        published=_open(args, text), policy=policy_of(project, args.stage), stage=args.stage,
-        trust=trust, now=datetime.now(UTC),
+        published=from_layout(place) if isinstance(place, Path) else from_registry(place, args.ca),
+        policy=policy_of(project, args.stage), stage=args.stage, trust=trust,
+        now=datetime.now(UTC),
     )  # fmt: skip
-
-
-def _answer(args: argparse.Namespace, report: "Report") -> None:
-    from vllm_forge.release.verify import describe
-
-    if args.json:
-        print_json(args, report.document())
-    else:
-        print(describe(report))
-    for error in report.findings[1:]:
-        console.print(f"{type(error).__name__}: {error}", markup=False)
-    for error in report.findings[:1]:
-        raise error

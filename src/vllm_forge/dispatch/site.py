@@ -1,6 +1,5 @@
 """The site file: what is true of one cluster and of no other. Its shape: site.schema.json."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -125,8 +124,3 @@ def read_site(path: Path, matrix: Matrix) -> Site:
 
     remedy = "write it as docs/operate/cluster.md shows; site.schema.json has all keys"
     return read_data(path, parse, SiteFileError, what="site file", remedy=remedy)
-
-
-def schema_text() -> str:
-    """The JSON schema of site.toml, as committed in site.schema.json."""
-    return json.dumps(Site.model_json_schema(), indent=2, sort_keys=True) + "\n"

@@ -12,7 +12,7 @@ from vllm_forge.errors import problems, suggestion
 from vllm_forge.host import read_plain
 from vllm_forge.matrix import errors
 from vllm_forge.matrix.flags import parallel, values
-from vllm_forge.matrix.model import Base, LayerRule, Line, Matrix, Sku
+from vllm_forge.matrix.model import Base, FrozenModel, LayerRule, Line, Matrix, Sku
 
 # What a wheel has of the checkout that it was built from, see scripts/hatch_build.py.
 PACKAGED = Path(__file__).resolve().parents[1] / "data"
@@ -166,6 +166,6 @@ def load(root: Path) -> Matrix:
     return matrix
 
 
-def schema_text() -> str:
-    """The JSON schema of matrix.toml, as committed in matrix.schema.json."""
-    return json.dumps(Matrix.model_json_schema(), indent=2, sort_keys=True) + "\n"
+def schema_text(model: type[FrozenModel] = Matrix) -> str:
+    """The JSON schema of a file, as committed in matrix.schema.json or site.schema.json."""
+    return json.dumps(model.model_json_schema(), indent=2, sort_keys=True) + "\n"

@@ -1,7 +1,6 @@
 """Notes of a release, in Markdown: made of its statements and of the checkout, nothing by hand."""
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,13 @@ def make_notes(project: Project, verified: Verification, before: Verification | 
     tags = ", ".join(report.decision["tags"]) if report.decision else report.stage
     rows = [(row["name"], escape(row["summary"]), row["bug"]) for row in stack["series"]]
     patches = table(["patch", "what", "bug"], rows) if rows else "None."
+    waived = (
+        f"**Released without tier {row['tier']}** (until {row['until']}): {escape(row['reason'])}\n"
+        for row in report.decision.get("waivers", [])
+    )
     lines = [
         f"# vLLM {stack['vllm']} for {cell.sku.device}: {tags}", "", f"`{report.where}`", "",
-        *_waived(report), *_runs_on(project, cell, report.digest), *_proven(report),
+        *waived, *_runs_on(project, cell, report.digest), *_proven(report),
         *_does_not_run(project, cell), "## Patches", "", patches, "",
     ]  # fmt: skip
     if before is not None:
@@ -40,12 +43,6 @@ def make_notes(project: Project, verified: Verification, before: Verification | 
     lines += ["", "## Support", "", f"End of support for line {cell.line_name}: {end}.", "",
               f"Lines of the project now: {supported}."]  # fmt: skip
     return "\n".join(lines)
-
-
-def _waived(report: Report) -> Iterator[str]:
-    for row in report.decision.get("waivers", []):
-        reason = escape(row["reason"])
-        yield f"**Released without tier {row['tier']}** (until {row['until']}): {reason}\n"
 
 
 def _runs_on(project: Project, cell: ImageCell, digest: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import vllm_forge
-from vllm_forge.dispatch import site
+from vllm_forge.dispatch.site import Site
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import write_whole
 from vllm_forge.matrix.cells import schema_text
@@ -94,7 +94,7 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     "docs/generated/status.md": {"status": status},
     "docs/generated/verdicts.md": {"verdicts": _of("records/verdicts.json", records.verdicts)},
     "matrix.schema.json": {"": lambda _: schema_text()},
-    "site.schema.json": {"": lambda _: site.schema_text()},
+    "site.schema.json": {"": lambda _: schema_text(Site)},
 }
 
 

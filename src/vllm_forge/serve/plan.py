@@ -161,7 +161,25 @@ def _contract(project: Project, cell: ImageCell, lock: Lock) -> Plan:
     name = f"records/coverage/{cell.line_name}.json"
     if not (project.root / name).is_file():
         return {"state": f"{UNKNOWN}: no {name}", "families": {}}
-    return dict(project.read_json(name, lambda record: _covered(record, name, cell, lock)))
+
+    def parse(record: dict[str, Any]) -> Plan:
+        if record["lock"] != lock.digest:
+            return {"state": f"{UNKNOWN}: {name} is of another lock", "families": {}}
+        rows = {name: cells.get(cell.sku_name) for name, cells in record["coverage"].items()}
+        families = {
+            name: {key: row[key] for key in ("verdict", "codes", "exception")}
+            for name, row in rows.items()
+            if row is not None and row["needed_by"] is not None
+        }
+        broken = [
+            name
+            for name, row in families.items()
+            if row["verdict"] not in FINE and row["exception"] is None
+        ]
+        state = f"broken: {', '.join(broken)}" if broken else "holds"
+        return {"state": state, "families": families}
+
+    return dict(project.read_json(name, parse))
 
 
 def first_start(project: Project, cell: ImageCell) -> str:
@@ -192,23 +210,6 @@ def issue_notes(project: Project, cell: ImageCell) -> list[dict[str, str]]:
         {"about": entry.about, "title": entry.title, "settled_by": decision.undecided or ""}
         for entry, decision in known_issues(entries, cell.line_name, cell.sku_name)
     ]
-
-
-def _covered(record: dict[str, Any], name: str, cell: ImageCell, lock: Lock) -> Plan:
-    if record["lock"] != lock.digest:
-        return {"state": f"{UNKNOWN}: {name} is of another lock", "families": {}}
-    rows = {name: cells.get(cell.sku_name) for name, cells in record["coverage"].items()}
-    families = {
-        name: {key: row[key] for key in ("verdict", "codes", "exception")}
-        for name, row in rows.items()
-        if row is not None and row["needed_by"] is not None
-    }
-    broken = [
-        name
-        for name, row in families.items()
-        if row["verdict"] not in FINE and row["exception"] is None
-    ]
-    return {"state": f"broken: {', '.join(broken)}" if broken else "holds", "families": families}
 
 
 def page(plan: Plan) -> Iterator[RenderableType]:

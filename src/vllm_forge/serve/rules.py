@@ -366,19 +366,15 @@ def notes(case: LintCase) -> list[str]:
         else doubt(name)
         for name in sorted(case.environment)
     ]
-    texts += _other_parsers(case)
-    return [f"preset {case.preset_name}: {text}" for text in texts if text]
-
-
-def _other_parsers(case: LintCase) -> list[str]:
-    """Parsers that replace the line's: vLLM takes any name that it knows, or of a plugin."""
+    # Parsers that replace the line's: vLLM takes any name that it knows, or of a plugin.
     chat = case.cell.line.chat
     line, own = values(chat.flags if chat else ()), values(case.arguments)
-    return [
+    texts += [
         f"{name}={own[name]} replaces {right}, which {case.release} has for this model"
         for name, right in line.items()
         if right and own.get(name, right) != right
     ]
+    return [f"preset {case.preset_name}: {text}" for text in texts if text]
 
 
 def _value(case: LintCase, name: str) -> str:
