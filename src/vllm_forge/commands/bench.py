@@ -24,7 +24,7 @@ from vllm_forge.commands.parsers import (
     positive_count,
     print_table,
 )
-from vllm_forge.host import console, suggestion
+from vllm_forge.host import atomic_path, console, suggestion, write_json, write_whole
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -178,20 +178,17 @@ def _command(bench: Commands, name: str, call: Call, *parents: Parser, **setting
 
 def claims(project: Project, args: argparse.Namespace) -> None:
     """Judge the figures of a model card; of the project's, write record, chart and page."""
+    from vllm_forge.bench import plots, verdicts
     from vllm_forge.bench.claims import CLAIMS
-    from vllm_forge.bench.plots import forest
-    from vllm_forge.bench.verdicts import judge
-    from vllm_forge.host import write_json
-    from vllm_forge.host.files import write_whole
     from vllm_forge.pages.claims import CHART, HEAD, PAGE, RECORD, summary, terminal_rows
     from vllm_forge.pages.registry import write_pages
 
     if args.card is None:
         project.require_checkout(args.parser.prog)
-    record = judge(args.card or project.root / CLAIMS)
+    record = verdicts.judge(args.card or project.root / CLAIMS)
     if args.card is None:
         write_json(project.root / RECORD, record)
-        write_whole(project.root / CHART, forest(record))
+        write_whole(project.root / CHART, plots.forest(record))
         _draw_published(project)
         write_pages(project, PAGE)
     print_table(args, record, HEAD, terminal_rows(record))
@@ -202,7 +199,6 @@ def claims(project: Project, args: argparse.Namespace) -> None:
 def _draw_published(project: Project) -> None:
     """Chart what kept sessions measured of what was published."""
     from vllm_forge.bench import arms, plots, results
-    from vllm_forge.host.files import write_whole
     from vllm_forge.pages.sessions import CHART, SESSIONS
 
     paths = sorted((project.root / SESSIONS).glob("*/*-c*[0-9].json"))
@@ -313,7 +309,6 @@ def score(_: Project, args: argparse.Namespace) -> None:
 def workload(_: Project, args: argparse.Namespace) -> None:
     """Write the prompts of a workload, for `bench serve`."""
     from vllm_forge.bench.workloads import lines
-    from vllm_forge.host.files import write_whole
 
     loaded = _load(args)
     write_whole(args.output, lines(loaded))
@@ -380,7 +375,6 @@ def gate(project: Project, args: argparse.Namespace) -> None:
 def report_results(project: Project, args: argparse.Namespace) -> None:
     """Write tables and charts of results, and of the arms of each session compared."""
     from vllm_forge.bench import report, results
-    from vllm_forge.host import atomic_path
     from vllm_forge.pages.sessions import report_text
 
     report.require_replaceable(args.output)
@@ -409,11 +403,10 @@ def keep(project: Project, args: argparse.Namespace) -> None:
 
 def sign(_: Project, args: argparse.Namespace) -> None:
     """Sign a result; its signature is a Sigstore bundle beside it."""
-    from vllm_forge.bench.signed import sign_result
-    from vllm_forge.bench.validity import read_valid
+    from vllm_forge.bench import signed, validity
     from vllm_forge.signing import load_private
 
-    print(sign_result(read_valid(args.result), load_private(args.key)))
+    print(signed.sign_result(validity.read_valid(args.result), load_private(args.key)))
 
 
 def export(_: Project, args: argparse.Namespace) -> None:
@@ -431,7 +424,6 @@ def export(_: Project, args: argparse.Namespace) -> None:
 def crosscheck(_: Project, args: argparse.Namespace) -> None:
     """Compare a result with what another tool measured of the same server and prompts."""
     from vllm_forge.bench import exchange, validity
-    from vllm_forge.host import write_json
     from vllm_forge.pages.sessions import CHECK_HEAD, check_cells
 
     record = exchange.crosscheck(validity.read_valid(args.result), args.other)

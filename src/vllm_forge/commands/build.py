@@ -132,13 +132,12 @@ def _push_target(text: str) -> "Reference":
 
 def _push(runner: Runner, layout: Path, reference: "Reference", digest: str) -> None:
     """Copy the very bytes of a layout to a registry; only then does the tag name them."""
-    from vllm_forge.release.mirror import push_layout
-    from vllm_forge.release.registry import Repository
+    from vllm_forge.release import mirror, registry
 
     digest, tag = f"sha256:{digest}", reference.tag
-    push_layout(runner, layout, reference, digest)
+    mirror.push_layout(runner, layout, reference, digest)
     if tag is not None:
-        runner.act(f"set tag {tag}", lambda: Repository(reference).set_tag(tag, digest))
+        runner.act(f"set tag {tag}", lambda: registry.Repository(reference).set_tag(tag, digest))
 
 
 def _next_command(project: Project, cell: ImageCell, args: argparse.Namespace) -> str:

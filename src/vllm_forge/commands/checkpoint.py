@@ -77,27 +77,25 @@ def register(choices: Commands) -> None:
 
 def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     """Show what a checkpoint is, and what each line does with it."""
-    from vllm_forge.checkpoints.inspect.inspection import inspect
-    from vllm_forge.checkpoints.inspect.manifest import named, published_as
-    from vllm_forge.checkpoints.inspect.page import show
+    from vllm_forge.checkpoints.inspect import inspection, manifest, page
     from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.proofs.environment import DISPOSITIONS, dry_loads
 
     line, _ = project.line(args.line)
     names = project.lines(args.line)
     if args.manifest is not None:
-        named(args.manifest)  # reject a mistyped name before anything is read
+        manifest.named(args.manifest)  # reject a mistyped name before anything is read
     if args.values is not None and (args.values < 0 or args.source is None):
         what = "invalid --values: expected a number from 0 on, and --source"
         raise UsageError(what, remedy="give --source, the checkpoint to compare with")
     profile = Profile.open(args.place)
     source = None if args.source is None else Profile.open(args.source)
-    report = inspect(
+    report = inspection.inspect(
         profile,
         {name: project.matrix.line[name].vllm for name in names},
         read_dispositions(project.root / DISPOSITIONS),
         dry_loads(project, names, profile, args.resolve, Runner()),
-        artifact=args.manifest or published_as(project.matrix.artifact, args.place),
+        artifact=args.manifest or manifest.published_as(project.matrix.artifact, args.place),
         source=source,
         values=args.values,
         digests=args.digests,
@@ -105,32 +103,31 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     if args.json:
         print_json(args, report.model_dump_json(indent=1))
     else:
-        show(report, modules=args.modules)
+        page.show(report, modules=args.modules)
     if error := report.error(line, without_mtp=args.without_mtp):
         raise error
 
 
 def quantize(project: Project, args: argparse.Namespace) -> None:
     """Quantize a BF16 DeepSeek-V4 by a recipe."""
-    from vllm_forge.checkpoints.quantize.inputs import load_recipe, open_model
-    from vllm_forge.checkpoints.quantize.quantizer import check_output, forecast
-    from vllm_forge.checkpoints.quantize.quantizer import quantize as run
+    from vllm_forge.checkpoints.quantize import inputs, quantizer
 
-    recipe = load_recipe(args.recipe)  # what can be refused at once is, before 3 GB of tools
-    source = open_model(args.model)
-    check_output(args.model, args.output)
+    recipe = inputs.load_recipe(args.recipe)  # what can be refused at once is, before 3 GB of tools
+    source = inputs.open_model(args.model)
+    quantizer.check_output(args.model, args.output)
     if args.dry_run:
-        print(forecast(source, recipe))
+        print(quantizer.forecast(source, recipe))
         return
     enter(project, sys.argv[1:])
 
     from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer, pick_device
-    from vllm_forge.checkpoints.quantize.inputs import NO_DATA, calibrate_with
-    from vllm_forge.checkpoints.quantize.quantizer import Job
 
     engine = LayerQuantizer(source.config, recipe, pick_device(args.device))
-    data = calibrate_with(args.data, recipe, args.model) if engine.needs_data else NO_DATA
-    run(Job(source=source, recipe=recipe, calibration=data, engine=engine), args.output)
+    data = inputs.NO_DATA
+    if engine.needs_data:
+        data = inputs.calibrate_with(args.data, recipe, args.model)
+    job = quantizer.Job(source=source, recipe=recipe, calibration=data, engine=engine)
+    quantizer.quantize(job, args.output)
     print(args.output)
 
 

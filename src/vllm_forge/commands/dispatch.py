@@ -78,9 +78,7 @@ def register(choices: Commands) -> None:
 
 def dispatch(project: Project, args: argparse.Namespace) -> None:
     """Run tiers of the GPU suite, or benchmarks, in images on the nodes of a cluster."""
-    from vllm_forge.dispatch import kubernetes, runs, slurm
-    from vllm_forge.dispatch.jobs import cell_image, job_specs
-    from vllm_forge.dispatch.runtimes import POD, find_runtime
+    from vllm_forge.dispatch import jobs, kubernetes, runs, runtimes, slurm
 
     if missing := [name for name in ("to", "skus") if getattr(args, name) is None]:
         args.parser.error(f"missing --{missing[0]}")
@@ -88,13 +86,15 @@ def dispatch(project: Project, args: argparse.Namespace) -> None:
         args.parser.error("--key and --timeout need --wait, or belong to collect")
     site = _site(project, args)
     if args.to == "kubernetes":
-        site = site.model_copy(update={"runtime": POD})
-    find_runtime(site)
+        site = site.model_copy(update={"runtime": runtimes.POD})
+    runtimes.find_runtime(site)
     works = _works(project, args)
     images = {cell.name: (cell, runs.built_image(project, cell)) for cell in _cells(project, args)}
-    cells = [cell_image(project, cell, f"sha256:{image.digest}") for cell, image in images.values()]
+    cells = [
+        jobs.cell_image(project, cell, f"sha256:{image.digest}") for cell, image in images.values()
+    ]
     run = runs.new_run()
-    specs = job_specs(cells, works, site, run)
+    specs = jobs.job_specs(cells, works, site, run)
     ask, sent = runs.asking(HostProbe()), f"sent {len(specs)} jobs as run {run}"
     if args.to == "kubernetes":
         texts = kubernetes.manifests(specs, site, run)
@@ -188,8 +188,7 @@ def _outcomes(project: Project, record: "RunRecord") -> list["Outcome"]:
 
 
 def _collect(project: Project, args: argparse.Namespace, record: "RunRecord") -> None:
-    from vllm_forge.dispatch import runs
-    from vllm_forge.dispatch.results import GREEN, REFUSED, require_green
+    from vllm_forge.dispatch import results, runs
     from vllm_forge.receipts.verification import make_receipt
 
     rows = _outcomes(project, record)
@@ -198,20 +197,21 @@ def _collect(project: Project, args: argparse.Namespace, record: "RunRecord") ->
     receipts = []
     specs = {spec.name: spec for spec in record.specs}
     for number, row in enumerate(rows):
-        if row.verdict == GREEN and not specs[row.name].session:
+        if row.verdict == results.GREEN and not specs[row.name].session:
             result = runs.local_folder(project, record, row.name) / f"{specs[row.name].work}.json"
             try:
                 receipts.append(make_receipt(project, result, args.key))
             except ForgeError as error:
-                rows[number] = row.model_copy(update={"verdict": REFUSED, "why": error.what})
+                rows[number] = row.model_copy(
+                    update={"verdict": results.REFUSED, "why": error.what}
+                )
     _show(args, record, rows, receipts)
-    require_green(record.run, rows)
+    results.require_green(record.run, rows)
 
 
 def build(project: Project, args: argparse.Namespace) -> None:
     """Build images on nodes of the cluster, a job for each line, and wait for them."""
-    from vllm_forge.dispatch import builds
-    from vllm_forge.dispatch.runs import asking, new_run
+    from vllm_forge.dispatch import builds, runs
 
     matrix = project.matrix
     args.skus, args.lines = args.skus or list(matrix.sku), args.lines or list(matrix.line)
@@ -226,9 +226,9 @@ def build(project: Project, args: argparse.Namespace) -> None:
         ]  # fmt: skip
         print_table(args, [asdict(row) for row in forecasts], FORECAST_HEAD, cells)
         return
-    site, run = _site(project, args), new_run()
+    site, run = _site(project, args), runs.new_run()
     text = builds.script(project, lines, site, run)
-    path = builds.prepare(text, site, run, asking(HostProbe()))
+    path = builds.prepare(text, site, run, runs.asking(HostProbe()))
     builds.fill_folder(project, lines, Path(site.storage.root) / builds.SHARED)
     rows = builds.send(path, lines, Runner())
     print_json(args, rows) if args.json else print("\n".join(rows))

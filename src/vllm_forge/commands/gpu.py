@@ -72,11 +72,10 @@ def register(choices: Commands) -> None:
 def test(project: Project, args: argparse.Namespace) -> None:
     """Run the GPU suite and write receipts."""
     from vllm_forge.gputest.launch import run_in_image
-    from vllm_forge.receipts.suite import read_suite
-    from vllm_forge.receipts.verification import make_receipt
+    from vllm_forge.receipts import suite, verification
 
     cell = project.cell(args.sku, args.line)
-    tiers = read_suite(project.root).tier
+    tiers = suite.read_suite(project.root).tier
     names = args.tier or [name for name, tier in tiers.items() if not tier.on_request]
     options = [f"--tier={name}" for name in names]
     options += [f"--minutes={args.minutes}"] if args.minutes else []
@@ -89,7 +88,7 @@ def test(project: Project, args: argparse.Namespace) -> None:
         network=args.network,
     )  # fmt: skip
     for name in names:
-        print(make_receipt(project, output / f"{name}.json", args.key))
+        print(verification.make_receipt(project, output / f"{name}.json", args.key))
 
 
 def rehearse(project: Project, args: argparse.Namespace) -> None:

@@ -96,13 +96,12 @@ def upstream(project: Project, args: argparse.Namespace) -> None:
 
 def drift(project: Project, args: argparse.Namespace) -> None:
     """Record what each vLLM release does to each patch."""
-    from vllm_forge.pages.records import drift_summary
-    from vllm_forge.pages.registry import write_pages
+    from vllm_forge.pages import records, registry
 
     found = survey_lines(project, SourceRepo(), first=args.first, last=args.last)
     day = datetime.now(UTC).date().isoformat()
-    console.print(terminal_table(*drift_summary(write_drift(project, found, day))))
-    write_pages(project, "docs/generated/drift.md")
+    console.print(terminal_table(*records.drift_summary(write_drift(project, found, day))))
+    registry.write_pages(project, "docs/generated/drift.md")
 
 
 def install(project: Project, args: argparse.Namespace) -> None:
@@ -148,8 +147,7 @@ def _install_release(lock_path: Path, line: Line, python_version: str, python: P
 
 def select(project: Project, args: argparse.Namespace) -> None:
     """Ask each line's vLLM which kernels it selects (as root), and compare with the record."""
-    from vllm_forge.pages.kernels import selection_table
-    from vllm_forge.pages.registry import write_pages
+    from vllm_forge.pages import kernels, registry
     from vllm_forge.proofs.environment import ask_line
 
     names = project.lines(args.line)
@@ -158,10 +156,10 @@ def select(project: Project, args: argparse.Namespace) -> None:
             selections.require_fresh(project, name)
     for name in names:
         selection = ask_line(project, name, Runner())
-        console.print(selection_table(selection))
+        console.print(kernels.selection_table(selection))
         if args.record:
             print(selections.write_selection(project.records, selection))
-            write_pages(project, "docs/generated/selection.md")
+            registry.write_pages(project, "docs/generated/selection.md")
             continue
         recorded = selections.require_fresh(project, name)
         answers = [answer for _, answer in (*selection.rows, *selection.probes)]
@@ -175,18 +173,17 @@ def coverage(project: Project, args: argparse.Namespace) -> None:
     """Print kernel families x SKUs (native, compiled later, missing); fail if a need is unmet."""
     from vllm_forge.images.checks import COVERAGE, line_coverage
     from vllm_forge.kernels.coverage.families import catalogue
-    from vllm_forge.pages.kernels import coverage_table
-    from vllm_forge.pages.registry import write_pages
+    from vllm_forge.pages import kernels, registry
 
     contracts = []
     for name in project.lines(args.line):
         with report(f"read the device code of line {name}"):
             record, of_cells = line_coverage(project, name)
         contracts += of_cells
-        print(coverage_table(record, catalogue()))
+        print(kernels.coverage_table(record, catalogue()))
         if args.record:
             write_json(project.root / COVERAGE / f"{name}.json", record)
     if args.record:
-        write_pages(project, "docs/generated/coverage.md")
+        registry.write_pages(project, "docs/generated/coverage.md")
     for contract in contracts:
         contract.check()

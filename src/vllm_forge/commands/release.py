@@ -93,8 +93,7 @@ def release(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge import images
     from vllm_forge.gputest.launch import prewarm_of
     from vllm_forge.release import gate as gates
-    from vllm_forge.release.pipeline import Job, plan_of
-    from vllm_forge.release.pipeline import release as run
+    from vllm_forge.release import pipeline
     from vllm_forge.release.verify import describe
 
     cell, policy = project.cell(args.sku, args.line), gates.policy_of(project, args.stage)
@@ -109,7 +108,7 @@ def release(project: Project, args: argparse.Namespace) -> None:
     )  # fmt: skip
     dry = args.dry_run or args.registry is None
     engine = images.choose_engine(args.engine, dry_run=dry)
-    plan = plan_of(gate, args.output or project.root / "dist", engine, prewarm)
+    plan = pipeline.plan_of(gate, args.output or project.root / "dist", engine, prewarm)
     if (image := plan.up_to_date()) is not None:
         gate = replace(gate, digest=f"sha256:{image.digest}")
     if args.registry is None:
@@ -128,11 +127,11 @@ def release(project: Project, args: argparse.Namespace) -> None:
     key, trust = _signer(project, args)
     if engine.name == "buildah" and os.geteuid() != 0 and not dry:
         as_namespace_root()
-    job = Job(
+    job = pipeline.Job(
         gate=gate, plan=plan, reference=_repository(args.registry), key=key, trust=trust, ca=args.ca
     )
     runner = RecordingRunner() if dry else Runner()
-    outcome = run(job, runner)
+    outcome = pipeline.release(job, runner)
     if outcome is not None:
         console.print(describe(outcome.report), markup=False)
         tags = list(outcome.names.all)
@@ -277,16 +276,17 @@ def _place(text: str) -> "Reference | Path":
 
 
 def _verification(project: Project, args: argparse.Namespace, text: str) -> "Verification":
-    from vllm_forge.release.gate import policy_of
-    from vllm_forge.release.published import from_layout, from_registry
-    from vllm_forge.release.verify import Verification
+    from vllm_forge.release import gate, published, verify
 
     trust, place = _trust(project, args, args.key), _place(text)
     if getattr(args, "offline", False) and not isinstance(place, Path):
         what, remedy = "--offline, and the image is in a registry", "give the folder of a mirror"
         raise UsageError(what, where=place, remedy=remedy)
-    return Verification(
-        published=from_layout(place) if isinstance(place, Path) else from_registry(place, args.ca),
-        policy=policy_of(project, args.stage), stage=args.stage, trust=trust,
+    if isinstance(place, Path):
+        image = published.from_layout(place)
+    else:
+        image = published.from_registry(place, args.ca)
+    return verify.Verification(
+        published=image, policy=gate.policy_of(project, args.stage), stage=args.stage, trust=trust,
         now=datetime.now(UTC),
     )  # fmt: skip

@@ -105,9 +105,7 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     import vllm_forge.serve.command as shell
     from vllm_forge.images.record import built_digest
     from vllm_forge.matrix.flags import refuse_ours
-    from vllm_forge.serve import judge, variables
-    from vllm_forge.serve.errors import NoGpuError
-    from vllm_forge.serve.render import render
+    from vllm_forge.serve import errors, judge, render, variables
 
     refuse_ours(args.vllm_flags)
     options = _options(args)
@@ -130,7 +128,9 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     engine: shell.Engine = args.engine or "docker"
     probe = HostProbe()
     if not options.gpu_ids:
-        with suppress(*([NoGpuError] if printed else [])):  # a command may be for another host
+        with suppress(
+            *([errors.NoGpuError] if printed else [])
+        ):  # a command may be for another host
             chosen = shell.choose_gpus(probe, deployment, options.replica)
             options = options.model_copy(update={"gpu_ids": chosen})
     if not printed:
@@ -143,7 +143,7 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     if doubt:
         console.print(f"NOT JUDGED: {doubt}; --ask asks the image's vLLM", markup=False)
     if args.form is not None:
-        print(render(args.form, service, engine), end="")
+        print(render.render(args.form, service, engine), end="")
         return
     run = shell.container_command(service, engine=engine)
     if printed:
@@ -197,10 +197,9 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
 
 def doctor(project: Project, args: argparse.Namespace) -> None:
     """Check this host for a preset."""
-    from vllm_forge.serve.doctor import ask_host, judge, page
-    from vllm_forge.serve.errors import HostUnfitError
+    from vllm_forge.serve import doctor as doctors
+    from vllm_forge.serve import errors, plan
     from vllm_forge.serve.machine import HostFinding
-    from vllm_forge.serve.plan import first_start, issue_notes
 
     cell = project.cell(args.sku, args.line)
     preset = args.preset or next(iter(presets_of(project.matrix, cell.sku_name)), "")
@@ -215,11 +214,11 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
             what = f"invalid --replay: {args.replay} is not a directory"
             raise UsageError(what, remedy="give the directory that doctor --save wrote")
         probe = RecordedProbe(args.replay)
-    findings = judge(ask_host(probe), deployment, needs)
-    if network := first_start(project, cell):
+    findings = doctors.judge(doctors.ask_host(probe), deployment, needs)
+    if network := plan.first_start(project, cell):
         needed = "NVIDIA's server, or a mirror of it in FLASHINFER_CUBINS_REPOSITORY"
         findings.append(HostFinding("network", "unknown", f"the image {network}", needed))
-    for issue in issue_notes(project, cell):
+    for issue in plan.issue_notes(project, cell):
         needed = f"none: {issue['settled_by']} would settle it"
         findings.append(
             HostFinding("open issue", "unknown", f"{issue['about']}: {issue['title']}", needed)
@@ -228,11 +227,11 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
         parsers.print_json(args, [asdict(finding) for finding in findings])
     else:
         out = PlainConsole(soft_wrap=True)
-        for text in page(findings):
+        for text in doctors.page(findings):
             out.print(text)
     red = [finding.check for finding in findings if finding.level == "red"]
     if red:
-        raise HostUnfitError(
+        raise errors.HostUnfitError(
             f"this host cannot serve {deployment.preset_name} ({deployment.artifact_name}, line "
             f"{cell.line_name}): {', '.join(dict.fromkeys(red))}",
             remedy="each red line above has its own",
