@@ -231,11 +231,9 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
             out.print(text)
     red = [finding.check for finding in findings if finding.level == "red"]
     if red:
-        raise errors.HostUnfitError(
-            f"this host cannot serve {deployment.preset_name} ({deployment.artifact_name}, line "
-            f"{cell.line_name}): {', '.join(dict.fromkeys(red))}",
-            remedy="each red line above has its own",
-        )
+        what = f"this host cannot serve {deployment.preset_name} ({deployment.artifact_name}, line "
+        what += f"{cell.line_name}): {', '.join(dict.fromkeys(red))}"
+        raise errors.HostUnfitError(what, remedy="each red line above has its own")
 
 
 def plan(project: Project, args: argparse.Namespace) -> None:

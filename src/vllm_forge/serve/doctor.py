@@ -176,14 +176,10 @@ def check_gpus(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Hos
     cell, count = deployment.cell, needs.gpus
     sku, matrix = cell.sku, deployment.matrix
     if not host.gpus:
-        yield judged(
-            "GPU",
-            False,
-            f"none: {host.gpus_error}",
-            f"{count} of compute capability {sku.compute_capability} ({sku.device})",
-            f"install the NVIDIA driver, at least {needs.driver}; if it is installed, "
-            "`nvidia-smi` and `dmesg | grep -i nvrm` say what it lacks",
-        )
+        needed = f"{count} of compute capability {sku.compute_capability} ({sku.device})"
+        remedy = f"install the NVIDIA driver, at least {needs.driver}; if it is installed, "
+        remedy += "`nvidia-smi` and `dmesg | grep -i nvrm` say what it lacks"
+        yield judged("GPU", False, f"none: {host.gpus_error}", needed, remedy)
         return
     fitting = fitting_gpus(host.gpus, deployment)
     kinds = Counter(f"{gpu.name} ({gpu.capability})" for gpu in host.gpus)
@@ -207,13 +203,8 @@ def check_gpus(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Hos
     remedy = "choose a preset for fewer GPUs: " + ", ".join(f"--preset {name}" for name in smaller)
     if not smaller:
         remedy = "use a host with more GPUs: no preset of this SKU is for fewer"
-    yield judged(
-        "GPU count",
-        len(fitting) >= count,
-        str(len(fitting)),
-        f"{count}: preset {short} has {deployment.spread.text}",
-        remedy,
-    )
+    needed = f"{count}: preset {short} has {deployment.spread.text}"
+    yield judged("GPU count", len(fitting) >= count, str(len(fitting)), needed, remedy)
 
 
 def fitting_gpus(gpus: Iterable[Gpu], deployment: Deployment) -> list[Gpu]:
@@ -288,9 +279,8 @@ def check_fabric(host: Host, *_: object) -> Iterator[HostFinding]:
     """GPUs behind NVSwitch need the fabric manager; without it CUDA fails with error 802."""
     if states := {gpu.fabric for gpu in host.gpus if gpu.fabric is not None}:
         remedy = "start nvidia-fabricmanager, of the driver's own release"
-        yield judged(
-            "NVLink fabric", states == {"ready"}, ", ".join(sorted(states)), "ready", remedy
-        )
+        seen = ", ".join(sorted(states))
+        yield judged("NVLink fabric", states == {"ready"}, seen, "ready", remedy)
 
 
 def check_engine(host: Host, *_: object) -> Iterator[HostFinding]:
@@ -341,13 +331,9 @@ def check_ram(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Host
     remedy = "use a host with more RAM: pages of a shard file are read again when they do not fit"
     yield _at_least("RAM", host.ram, needs.ram_bytes, "for a shard file", remedy)
     if host.ram is not None and needs.ram_bytes <= host.ram < needs.page_cache_bytes:
-        yield HostFinding(
-            "page cache",
-            "unknown",
-            gigabytes(host.ram),
-            f"{gigabytes(needs.page_cache_bytes)} to read the weights from disk only once",
-            "none needed: each worker reads all files, so the start takes longer",
-        )
+        needed = f"{gigabytes(needs.page_cache_bytes)} to read the weights from disk only once"
+        remedy = "none needed: each worker reads all files, so the start takes longer"
+        yield HostFinding("page cache", "unknown", gigabytes(host.ram), needed, remedy)
 
 
 def check_shm(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:

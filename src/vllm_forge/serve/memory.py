@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 
 from packaging.version import Version
 
@@ -163,28 +164,27 @@ def kv_pool(rows: Sequence[KvCache], release: Version, spread: Parallel, in_flig
     span = range(least, max(counts.values()) + 1)
     size = min(span, key=lambda n: (sum(-count % n for count in counts.values()), -n))
     number = {key: math.ceil(count / size) for key, count in counts.items()}
-    widest = Counter[int]()  # page size -> layers that have it in the group with most of them
-    for key, pages in layers.items():
-        widest |= Counter({page: math.ceil(count / number[key]) for page, count in pages.items()})
-    block = stored = sum(page * count for page, count in widest.items())
-    total = {
-        key: sum(page * count for page, count in pages.items()) for key, pages in layers.items()
-    }
+    parts = [  # of a group: page size -> layers that have it
+        Counter({page: math.ceil(count / number[key]) for page, count in pages.items()})
+        for key, pages in layers.items()
+    ]
     if release >= WIDEST:
-        block = stored = max(
-            sum(page * math.ceil(count / number[key]) for page, count in pages.items())
-            for key, pages in layers.items()
-        )
+        block = stored = max(map(_bytes, parts))
         share = {key: Fraction(number[key]) for key in layers}
     else:
+        widest = reduce(or_, parts)  # the most layers of each size
         block = max(widest.values()) * sum(widest)
-        stored = stored if release >= PACKED else block
-        first = next(total[key] for key in layers if key[1] is None)
-        share = {key: Fraction(total[key], first) for key in layers}
+        stored = _bytes(widest) if release >= PACKED else block
+        first = next(_bytes(pages) for key, pages in layers.items() if key[1] is None)
+        share = {key: Fraction(_bytes(pages), first) for key, pages in layers.items()}
     groups = tuple(
         Group(tokens=key[0], window=key[1], count=number[key], share=share[key]) for key in layers
     )
     return KvPool(block_bytes=block, stored_bytes=stored, groups=groups, in_flight=in_flight)
+
+
+def _bytes(pages: Mapping[int, int]) -> int:
+    return sum(page * count for page, count in pages.items())
 
 
 @dataclass(frozen=True, kw_only=True)

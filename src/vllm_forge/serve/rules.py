@@ -38,6 +38,7 @@ REFUSALS = {
     "start": ("it stops after it has loaded the weights", "correct flags in {row}"),
     "failed": ("the question failed", "fix src/vllm_forge/kernels/selection/inside"),
 }
+THINKS = {True: "thinks", False: "does not think"}
 Problems: TypeAlias = Iterator[tuple[str, str]]  # of a case, each with its remedy
 
 
@@ -77,10 +78,8 @@ def served(case: LintCase) -> Problems:
     """The line's vLLM accepts the arguments and makes a configuration of them."""
     if (refused := case.answer.refused) is not None and case.why_not(case.cell.line_name) is None:
         what, remedy = REFUSALS[refused.kind]
-        yield (
-            f"{case.release}: {what}: {refused.message}",
-            remedy.format(row=f"matrix.toml, preset.{case.preset_name}", line=case.cell.line_name),
-        )
+        row, line = f"matrix.toml, preset.{case.preset_name}", case.cell.line_name
+        yield f"{case.release}: {what}: {refused.message}", remedy.format(row=row, line=line)
 
 
 def answer_is_complete(case: LintCase) -> Problems:
@@ -93,10 +92,8 @@ def answer_is_complete(case: LintCase) -> Problems:
         "settings": answer.engine,
     }  # fmt: skip
     if missing := [name for name, part in parts.items() if part is None]:
-        yield (
-            f"{case.release} serves it, and its {' and '.join(missing)} are unknown",
-            "teach src/vllm_forge/kernels/selection/inside what this release builds there",
-        )
+        what = f"{case.release} serves it, and its {' and '.join(missing)} are unknown"
+        yield what, "teach src/vllm_forge/kernels/selection/inside what this release builds there"
 
 
 def known_variables(case: LintCase) -> Problems:
@@ -120,11 +117,9 @@ def retired_variables(case: LintCase) -> Problems:
         retired = case.matrix.retired[name]
         answer = case.published.get(name)
         if answer and (moe := answer.moe) and moe.clamp == "lost":
-            yield (
-                f"{name} takes {moe.chosen} for the experts, and {case.release} as published does "
-                "not hand it swiglu_limit: the clamp is lost, results are wrong",
-                f"use instead: {retired.replacement}",
-            )
+            what = f"{name} takes {moe.chosen} for the experts, and {case.release} as published "
+            what += "does not hand it swiglu_limit: the clamp is lost, results are wrong"
+            yield what, f"use instead: {retired.replacement}"
 
 
 def graphs_are_on(case: LintCase) -> Problems:
@@ -134,22 +129,17 @@ def graphs_are_on(case: LintCase) -> Problems:
         return
     if graphs.mode == "NONE":
         eager = "--enforce-eager" in values(case.arguments)
-        yield (
-            "CUDA graphs are off: every batch runs eager",
-            f"take {'--enforce-eager' if eager else 'what turns them off'} out of {row}",
-        )
+        remedy = f"take {'--enforce-eager' if eager else 'what turns them off'} out of {row}"
+        yield "CUDA graphs are off: every batch runs eager", remedy
     elif "PIECEWISE" in graphs.asked and not graphs.piecewise:
-        yield (
-            "no piecewise CUDA graph is captured, as the model is not compiled and breakable "
-            f"graphs are off: batches with prefill run eager, whatever the mode ({graphs.asked})",
-            f"take VLLM_USE_BREAKABLE_CUDAGRAPH out of {row}.env",
+        what = "no piecewise CUDA graph is captured, as the model is not compiled and breakable "
+        what += (
+            f"graphs are off: batches with prefill run eager, whatever the mode ({graphs.asked})"
         )
+        yield what, f"take VLLM_USE_BREAKABLE_CUDAGRAPH out of {row}.env"
     elif graphs.asked and graphs.asked != graphs.mode:
-        yield (
-            f"it asks for CUDA graphs in mode {graphs.asked}, and {case.release} runs "
-            f"{graphs.mode} with this attention",
-            f"ask for {graphs.mode} in {row}",
-        )
+        what = f"it asks for CUDA graphs in mode {graphs.asked}, and {case.release} runs "
+        yield f"{what}{graphs.mode} with this attention", f"ask for {graphs.mode} in {row}"
 
 
 def graphs_cover_decode(case: LintCase) -> Problems:
@@ -165,12 +155,12 @@ def graphs_cover_decode(case: LintCase) -> Problems:
     needed = engine.max_num_seqs * per_sequence
     largest = max(graphs.sizes, default=0)
     if largest < needed:
-        yield (
+        what = (
             f"CUDA graphs ({graphs.mode}) are captured up to {largest} tokens, and a full decode "
-            f"batch has {engine.max_num_seqs} x {per_sequence} = {needed}: it runs eager",
-            f"--max-num-seqs={max(largest // per_sequence, 1)}, or --cudagraph-capture-sizes with "
-            f"multiples of {per_sequence} up to {needed}",
         )
+        what += f"batch has {engine.max_num_seqs} x {per_sequence} = {needed}: it runs eager"
+        remedy = f"--max-num-seqs={max(largest // per_sequence, 1)}, or --cudagraph-capture-sizes "
+        yield what, f"{remedy}with multiples of {per_sequence} up to {needed}"
 
 
 def drafter_takes_k(case: LintCase) -> Problems:
@@ -198,29 +188,20 @@ def kv_cache_fits(case: LintCase) -> Problems:
     """The KV cache has the dtype and the block that were asked for, and attention takes them."""
     engine, attention = case.answer.engine, case.answer.attention
     dtype, block = (_value(case, name) for name in KV_CACHE)
+    row = f"preset.{case.preset_name}"
     if engine is not None and not engine.kv_cache_dtype.startswith(dtype.removeprefix("auto")):
-        yield (
-            f"the preset asks for a KV cache in {dtype}, and {case.release} stores "
-            f"{engine.kv_cache_dtype}",
-            f"correct --kv-cache-dtype in preset.{case.preset_name}",
-        )
+        what = f"the preset asks for a KV cache in {dtype}, and {case.release} stores "
+        yield what + engine.kv_cache_dtype, f"correct --kv-cache-dtype in {row}"
     if engine is not None and block and str(engine.block_size) != block:
-        yield (
-            f"the preset asks for blocks of {block} tokens, and {case.release} takes "
-            f"{engine.block_size}",
-            f"correct --block-size in preset.{case.preset_name}",
-        )
+        what = f"the preset asks for blocks of {block} tokens, and {case.release} takes "
+        yield f"{what}{engine.block_size}", f"correct --block-size in {row}"
     if empty := [row for row in case.answer.kv_cache if row.page_bytes <= 0]:
-        yield (
-            f"a block of {empty[0].block_size} tokens is too small: {sum(r.layers for r in empty)} "
-            "layers, which keep a token of many, get blocks of 0 bytes",
-            f"take --block-size out of preset.{case.preset_name}, or raise it",
-        )
+        what = f"a block of {empty[0].block_size} tokens is too small: "
+        what += f"{sum(r.layers for r in empty)} layers, which keep a token of many, get blocks of "
+        yield f"{what}0 bytes", f"take --block-size out of {row}, or raise it"
     if attention is not None and attention.chosen is None:
-        yield (
-            f"{case.release} has no attention for KV dtype and block size: {attention.error}",
-            f"correct --kv-cache-dtype or --block-size in preset.{case.preset_name}",
-        )
+        what = f"{case.release} has no attention for KV dtype and block size: {attention.error}"
+        yield what, f"correct --kv-cache-dtype or --block-size in {row}"
 
 
 def experts_are_served(case: LintCase) -> Problems:
@@ -229,20 +210,14 @@ def experts_are_served(case: LintCase) -> Problems:
     if moe is None or case.answer.refused is not None:
         return
     if moe.chosen is None:
-        yield (
-            f"{case.release} has no backend for the experts: {moe.error}",
-            "take the artifact out of the preset, or the SKU out of the line",
-        )
+        what = f"{case.release} has no backend for the experts: {moe.error}"
+        yield what, "take the artifact out of the preset, or the SKU out of the line"
     elif moe.clamp == "lost":
-        yield (
-            f"{case.release} takes {moe.chosen} without swiglu_limit: results are wrong",
-            "choose another --moe-backend",
-        )
+        what = f"{case.release} takes {moe.chosen} without swiglu_limit: results are wrong"
+        yield what, "choose another --moe-backend"
     elif moe.clamp == "none" and case.config.get("swiglu_limit") is not None:
-        yield (
-            f"whether {moe.chosen} of {case.release} gets swiglu_limit is unknown",
-            "teach src/vllm_forge/kernels/selection/inside/experts.py to ask it",
-        )
+        what = f"whether {moe.chosen} of {case.release} gets swiglu_limit is unknown"
+        yield what, "teach src/vllm_forge/kernels/selection/inside/experts.py to ask it"
 
 
 def experts_are_built_as_stored(case: LintCase) -> Problems:
@@ -264,10 +239,8 @@ def experts_are_built_as_stored(case: LintCase) -> Problems:
     cell = case.cell
     reason = artifact.why_not(cell.line_name, cell.sku_name, drafting=draft is not None)
     if wrong and reason is None:
-        yield (
-            f"{case.release}: {'; '.join(wrong)}",
-            f"take the artifact out of preset.{case.preset_name}, or say in {row} why not",
-        )
+        remedy = f"take the artifact out of preset.{case.preset_name}, or say in {row} why not"
+        yield f"{case.release}: {'; '.join(wrong)}", remedy
     elif reason is not None and not wrong:
         yield f"{row} says that it is not served, but it is", f"delete the row {row}"
 
@@ -278,11 +251,9 @@ def backend_is_the_one_asked_for(case: LintCase) -> Problems:
     if asked in {"", "auto"} or moe is None or moe.chosen is None:
         return
     if asked.upper() not in moe.chosen:
-        yield (
-            f"it asks for --moe-backend={asked}, and {case.release} takes {moe.chosen}, as {asked} "
-            f"does not take {case.artifact.experts} experts",
-            f"take --moe-backend out of preset.{case.preset_name}, or the artifact",
-        )
+        what = f"it asks for --moe-backend={asked}, and {case.release} takes {moe.chosen}, as "
+        what += f"{asked} does not take {case.artifact.experts} experts"
+        yield what, f"take --moe-backend out of preset.{case.preset_name}, or the artifact"
 
 
 def chat_is_the_lines(case: LintCase) -> Problems:
@@ -291,20 +262,12 @@ def chat_is_the_lines(case: LintCase) -> Problems:
     if chat is None or case.answer.refused is not None:
         return
     if said is None:
-        yield (
-            f"{case.release} does not render chats with its own code for this model",
-            f"take --tokenizer-mode out of preset.{case.preset_name}",
-        )
+        what = f"{case.release} does not render chats with its own code for this model"
+        yield what, f"take --tokenizer-mode out of preset.{case.preset_name}"
     elif said.thinking != chat.thinking:
-        yield (
-            f"{row} says that a chat {_thinks(chat.thinking)} by default, and with {case.release} "
-            f"it {_thinks(said.thinking)}",
-            f"correct {row}.thinking",
-        )
-
-
-def _thinks(thinking: bool) -> str:
-    return "thinks" if thinking else "does not think"
+        listed, actual = (THINKS[row.thinking] for row in (chat, said))
+        what = f"{row} says that a chat {listed} by default, and with {case.release} it {actual}"
+        yield what, f"correct {row}.thinking"
 
 
 def tensor_parallel_divides(case: LintCase) -> Problems:
@@ -318,10 +281,8 @@ def tensor_parallel_divides(case: LintCase) -> Problems:
     ranks = 1 if whole else spread.gpus // spread.pipeline
     for name, count in divisible(case.config).items():
         if count % (ranks if name.startswith("moe") else spread.tensor):
-            yield (
-                f"{name} = {count} is not divided by {spread.text}",
-                f"choose other parallel sizes in preset.{case.preset_name}",
-            )
+            remedy = f"choose other parallel sizes in preset.{case.preset_name}"
+            yield f"{name} = {count} is not divided by {spread.text}", remedy
 
 
 def memory_suffices(case: LintCase) -> Problems:
