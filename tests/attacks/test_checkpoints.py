@@ -233,6 +233,19 @@ def test_words_of_a_config_are_shown_in_part(
     assert len(told) < 50_000
 
 
+@pytest.mark.parametrize(
+    "row", [{"dtype": "x" * 1_000_000}, {"shape": [1 << 62] * 300_000}], ids=["dtype", "shape"]
+)
+def test_header_of_absurd_fields_is_refused(files: dict[str, bytes], row: dict[str, Any]) -> None:
+    whole = {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({"a": {**whole, **row}}).encode()
+    start = time.process_time()
+    with pytest.raises(CheckpointUnreadableError) as error:
+        inspect_files({**files, SHARD: len(header).to_bytes(8, "little") + header})
+    assert len(str(error.value)) < 2000
+    assert time.process_time() - start < 20
+
+
 def test_names_are_short(files: dict[str, bytes]) -> None:
     """A message never shows megabytes of one."""
     index = json.loads(files[INDEX])

@@ -26,6 +26,7 @@ LENGTH_BYTES = 8
 MIN_HEADER, MAX_HEADER = 2, 100_000_000  # "{}"; what the library accepts
 MAX_NUMBER = 1 << 63
 MAX_NAME = 200  # characters; the longest of any artifact have 60
+MAX_DIMENSIONS = 64  # what torch has
 CHUNK = 1 << 24
 FIRST_READ = 1 << 20  # holds most headers: one request instead of two
 DTYPE_BYTES = sparse.DTYPE_BYTES
@@ -164,7 +165,8 @@ def _fields(name: str, row: Any) -> tuple[str, tuple[int, ...], int, int]:
         raise ValueError(f"{name} has no dtype, shape and data_offsets")
     dtype, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise ValueError(f"{name}: unknown dtype {dtype!r}, known are {', '.join(DTYPE_BYTES)}")
+        what = f"unknown dtype {repr(dtype)[:MAX_NAME]}"
+        raise ValueError(f"{name}: {what}, known are {', '.join(DTYPE_BYTES)}")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise ValueError(f"{name}: {end - begin} bytes are not {dtype} {list(shape)}")
     return dtype, shape, begin, end
@@ -174,6 +176,7 @@ def _naturals(row: Any, count: int | None = None) -> bool:
     """Whether it is a list of ``count`` numbers from 0 on that a file can have."""
     return (
         isinstance(row, list)
+        and len(row) <= MAX_DIMENSIONS
         and count in (None, len(row))
         and all(type(number) is int and 0 <= number < MAX_NUMBER for number in row)
     )
