@@ -8,7 +8,7 @@
 # only gives it an environment of its own, so that nothing is added to yours.
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ ! -f "${root}/matrix.toml" ]; then
     echo "install_vllm_with_patches.sh: ${root} is not a checkout of vllm-forge" >&2
     echo "  remedy: clone the repository and run the script from there; the patches are in it" >&2

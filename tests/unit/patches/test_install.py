@@ -273,6 +273,15 @@ class TestScript:
         self.run(checkout, tools)
         assert (tools / "installed").read_text().splitlines() == 3 * [str(checkout)]
 
+    def test_search_path_of_cd_prints_nothing(
+        self, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where CDPATH has a folder, ``cd`` to it also prints it."""
+        checkout = self.checkout(tmp_path / "checkout")
+        monkeypatch.setenv("CDPATH", str(checkout))
+        monkeypatch.chdir(checkout)
+        assert self.run(Path(), tools).startswith(f"code of {checkout},")
+
     def test_outside_a_checkout_is_refused(self, tmp_path: Path) -> None:
         script = tmp_path / "scripts" / SCRIPT
         script.parent.mkdir()
