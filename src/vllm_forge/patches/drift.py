@@ -16,7 +16,7 @@ from rich.progress import track
 from unidiff.patch import PatchSet
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import cache_root, console, report, worker_pool, write_json
+from vllm_forge.host import cache_root, console, exclusive, report, worker_pool, write_json
 from vllm_forge.patches.apply import ABSENT, FAILED, MOVED, Patch, tree_index
 from vllm_forge.patches.series import check_line, read_series
 from vllm_forge.patches.wheel import python_blobs
@@ -139,7 +139,8 @@ def releases_between(index: Index, first: str, last: str | None) -> list[Release
 def fetch_releases(index: Index, releases: Sequence[Release], repo: SourceRepo) -> None:
     """Download the archives that are neither imported nor in the cache, side by side."""
     absent = [release.archive for release in releases if repo.tree(release.version) is None]
-    download_all(index.session, absent)
+    with exclusive("sdists", wait=True):  # a build may fetch one of them, too
+        download_all(index.session, absent)
 
 
 def survey_lines(

@@ -13,6 +13,8 @@ import pytest
 from tests.support.index_server import IndexServer, Served
 from tests.support.trees import changed_tree, patch_text, write_sdist
 from vllm_forge.errors import UsageError
+from vllm_forge.host import exclusive
+from vllm_forge.host.errors import BusyError
 from vllm_forge.matrix import load
 from vllm_forge.pages.records import best, first_change
 from vllm_forge.patches import Patch, read_patch, read_series
@@ -306,6 +308,22 @@ def test_only_what_is_missing_is_fetched(
     fetch_releases(index, wanted, repo)
     assert [release.archive.target.exists() for release in wanted] == [False, True, True]
     assert [len(server.asked(f"vllm-{v}.tar.gz")) for v in ("1.9.0", "2.0.0", "2.1.0")] == [0, 0, 1]
+
+
+def test_releases_are_fetched_by_one_process_at_a_time(
+    repo: SourceRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build may fetch the same archive: parts that two write at once are damaged."""
+    held: list[str] = []
+
+    def locked(*_: Any) -> None:
+        with pytest.raises(BusyError), exclusive("sdists", wait=False):
+            pass
+        held.append("sdists")
+
+    monkeypatch.setattr("vllm_forge.patches.drift.download_all", locked)
+    fetch_releases(Index("http://127.0.0.1:9"), [], repo)
+    assert held == ["sdists"]
 
 
 def test_survey_imports_and_keeps_the_order(subjects: Subjects, tmp_path: Path) -> None:
