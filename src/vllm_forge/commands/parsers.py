@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -135,8 +136,7 @@ def count(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def positive_count(text: str) -> int:
-    return count(text, least=1)
+positive_count = partial(count, least=1)
 
 
 def print_json(args: argparse.Namespace, document: object) -> None:

@@ -45,7 +45,8 @@ class Table(NamedTuple):
 def report(project: Project) -> str:
     folder = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, finalize=_printable,
+        loader=jinja2.FileSystemLoader(folder), autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
@@ -76,10 +77,6 @@ def report(project: Project) -> str:
         drift=[_drift(project.read_json("records/drift.json"))],
         charts=list(_charts(project.root)),
     )
-
-
-def _printable(value: Any) -> Any:
-    return value if isinstance(value, Markup) else printable(str(value))
 
 
 def _link(url: str) -> str:

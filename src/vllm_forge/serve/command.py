@@ -207,10 +207,8 @@ def choose_gpus(probe: Probe, deployment: Deployment, replica: int) -> tuple[str
         sku = deployment.cell.sku
         what = f"preset {deployment.preset_name} needs {need * replica} GPUs of compute capability "
         what += f"{sku.compute_capability}, this host has {len(fitting) or 'none'}"
-        remedy = (
-            f"nox -s doctor -- --sku {deployment.cell.sku_name} says what is missing; "
-            "--print prints the command for another host"
-        )
+        remedy = f"nox -s doctor -- --sku {deployment.cell.sku_name} says what is missing; "
+        remedy += "--print prints the command for another host"
         raise NoGpuError(what, where=error or "nvidia-smi", remedy=remedy)
     chosen = tuple(str(gpu.index) for gpu in fitting[need * (replica - 1) : need * replica])
     return () if chosen == tuple(map(str, range(need))) else chosen

@@ -108,10 +108,8 @@ def kernel_modules(
     if reply.code or version is None:
         yield _unread("kernel modules", "nvidia-module", reply, needed)
         return
-    remedy = (
-        "replace the proprietary modules by the open ones of the same driver release (package "
-        "nvidia-open of NVIDIA's repository; .run file: --kernel-module-type=open), reboot"
-    )
+    remedy = "replace the proprietary modules by the open ones of the same driver release (package "
+    remedy += "nvidia-open of NVIDIA's repository; .run file: --kernel-module-type=open), reboot"
     flavour, *_ = re.split(r"\s{2,}", version[1])
     is_open = "Open Kernel Module" in flavour
     yield judged("kernel modules", is_open, flavour, needed, remedy)
@@ -130,10 +128,8 @@ def health(gpus: Sequence[Gpu], error: str, reply: Reply) -> Iterator[HostFindin
             if value not in fine:
                 faults.append(f"GPU {number}: {name} is {value}")
     if faults:
-        remedy = (
-            "end what runs there, then `nvidia-smi --gpu-reset -i N` as root, or reboot; `dmesg | "
-            "grep -i xid` has the reason; if it comes back, have the GPU replaced"
-        )
+        remedy = "end what runs there, then `nvidia-smi --gpu-reset -i N` as root, or reboot; "
+        remedy += "`dmesg | grep -i xid` has the reason; if it comes back, have the GPU replaced"
         yield judged("GPU health", False, "; ".join(dict.fromkeys(faults)), needed, remedy)
     elif len(rows) != len(gpus):  # also where a driver does not know a field
         yield _unread("GPU health", "nvidia-smi-health", reply, needed)
@@ -187,10 +183,8 @@ def _check_iommu(reply: Reply) -> Iterator[HostFinding]:
     kinds = sorted({line.rpartition(":")[2].strip() for line in reply.text.splitlines()} - {""})
     translates = any(kind.startswith("DMA") for kind in kinds)
     seen = ("translates: " if translates else "") + (", ".join(kinds) or "off")
-    remedy = (
-        "boot with iommu=pt, or switch it off in the BIOS (VT-d, AMD-Vi); without a reboot: "
-        f"{'='.join(NO_PEERS)} in the preset's env, which is slower"
-    )
+    remedy = "boot with iommu=pt, or switch it off in the BIOS (VT-d, AMD-Vi); without a reboot: "
+    remedy += f"{'='.join(NO_PEERS)} in the preset's env, which is slower"
     yield judged("IOMMU", not translates, seen, needed, remedy)
 
 
@@ -203,10 +197,8 @@ def _check_acs(reply: Reply) -> Iterator[HostFinding]:
         yield _unread("PCIe ACS", "pci-bridges", denied, needed)
         return
     redirecting = [state for state in states if re.search(r"(SrcValid|Redir)\+", state)]
-    remedy = (
-        "switch ACS off in the BIOS; until the next boot, for each bridge, as root: "
-        "setpci -s BRIDGE ECAP_ACS+0x6.w=0000"
-    )
+    remedy = "switch ACS off in the BIOS; until the next boot, for each bridge, as root: "
+    remedy += "setpci -s BRIDGE ECAP_ACS+0x6.w=0000"
     seen = f"on for {len(redirecting)} of {len(states)} bridges that have it"
     yield judged("PCIe ACS", not redirecting, seen, needed, remedy, failed="unknown")
 
@@ -230,15 +222,12 @@ def gpu_injection(
         yield judged("container toolkit mode", mode != "cdi", mode, needed, remedy, failed=level)
     if cgroups != "systemd":
         return
-    needed = (
-        f"links to the GPUs in /dev/char: without them a container loses its GPUs when {DETACH}"
-    )
+    needed = "links to the GPUs in /dev/char: without them a container loses its GPUs when "
+    needed += DETACH
     if links.missing:
         yield _unread("device links", "nvidia-char", links, needed)
         return
-    remedy = (
-        "nvidia-ctk system create-dev-char-symlinks --create-all, at each boot; or "
-        '"exec-opts": ["native.cgroupdriver=cgroupfs"] in /etc/docker/daemon.json'
-    )
+    remedy = "nvidia-ctk system create-dev-char-symlinks --create-all, at each boot; or "
+    remedy += '"exec-opts": ["native.cgroupdriver=cgroupfs"] in /etc/docker/daemon.json'
     count = len(links.text.splitlines())
     yield judged("device links", count > 0, str(count), needed, remedy, failed="unknown")

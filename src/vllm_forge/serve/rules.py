@@ -133,9 +133,8 @@ def graphs_are_on(case: LintCase) -> Problems:
         yield "CUDA graphs are off: every batch runs eager", remedy
     elif "PIECEWISE" in graphs.asked and not graphs.piecewise:
         what = "no piecewise CUDA graph is captured, as the model is not compiled and breakable "
-        what += (
-            f"graphs are off: batches with prefill run eager, whatever the mode ({graphs.asked})"
-        )
+        what += "graphs are off: batches with prefill run eager, whatever the mode "
+        what += f"({graphs.asked})"
         yield what, f"take VLLM_USE_BREAKABLE_CUDAGRAPH out of {row}.env"
     elif graphs.asked and graphs.asked != graphs.mode:
         what = f"it asks for CUDA graphs in mode {graphs.asked}, and {case.release} runs "
@@ -155,10 +154,8 @@ def graphs_cover_decode(case: LintCase) -> Problems:
     needed = engine.max_num_seqs * per_sequence
     largest = max(graphs.sizes, default=0)
     if largest < needed:
-        what = (
-            f"CUDA graphs ({graphs.mode}) are captured up to {largest} tokens, and a full decode "
-        )
-        what += f"batch has {engine.max_num_seqs} x {per_sequence} = {needed}: it runs eager"
+        what = f"CUDA graphs ({graphs.mode}) are captured up to {largest} tokens, and a full "
+        what += f"decode batch has {engine.max_num_seqs} x {per_sequence} = {needed}: it runs eager"
         remedy = f"--max-num-seqs={max(largest // per_sequence, 1)}, or --cudagraph-capture-sizes "
         yield what, f"{remedy}with multiples of {per_sequence} up to {needed}"
 
