@@ -79,6 +79,7 @@ REFUSED = {
     "receipts accept": ["r"],
     "wheels lock": [],
     "wheels fetch": [],
+    "wheels record": [],
     "wheels patched": [],
     "dispatch build": ["--plan"],
     "docs": [],
