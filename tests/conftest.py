@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 for variable in ("FORCE_COLOR", "CLICOLOR_FORCE"):  # of a CI service, for logs that people read
     os.environ.pop(variable, None)
+
+# Some tests send it, and what runs in the background of a script would ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
