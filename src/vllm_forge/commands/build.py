@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from vllm_forge.release.registry import Reference
 
 ENGINES = ("docker", "buildah")
+OF_IMAGE = ("base", "output", "prewarm", "engine", "builder")
+DEFAULTS = (None, "rootfs")  # of these
 
 
 def register(choices: Commands) -> None:
@@ -145,7 +148,11 @@ def _next_command(project: Project, cell: ImageCell, args: argparse.Namespace) -
     from vllm_forge.serve.command import build_command
 
     if not args.load and not args.push:
-        return build_command(project.matrix, cell)
+        # With the options of this build: without them it would be another image, or elsewhere.
+        given = {name: getattr(args, name) for name in OF_IMAGE}
+        again = [f"--{name}={value}" for name, value in given.items() if value not in DEFAULTS]
+        again += ["--kernels"] if args.kernels else []
+        return " ".join([build_command(project.matrix, cell), *map(shlex.quote, again)])
     options = f"--sku {cell.sku_name} --line {cell.line_name}"
     presets = list(presets_of(project.matrix, cell.sku_name).values())
     if not presets:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,18 +16,22 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize(
-    ("load", "push", "expected"),
+    ("options", "expected"),
     [
-        (False, None, "nox -s build-sm103a -- --line 0.26 --load"),
-        (True, None, "nox -s serve -- --sku b300 --line 0.26 --preset b300-mtp"),
-        (False, "r/n:t", "nox -s serve -- --sku b300 --line 0.26 --preset b300-mtp"),
+        ([], "nox -s build-sm103a -- --line 0.26 --load"),
+        (
+            ["--kernels", "--base=locked", "--output=a b"],
+            "nox -s build-sm103a -- --line 0.26 --load --base=locked '--output=a b' --kernels",
+        ),
+        (["--load"], "nox -s serve -- --sku b300 --line 0.26 --preset b300-mtp"),
+        (["--push=r/n:t"], "nox -s serve -- --sku b300 --line 0.26 --preset b300-mtp"),
     ],
 )
 def test_next_command_follows_from_what_was_done(
-    root: Path, load: bool, push: str | None, expected: str
+    root: Path, options: list[str], expected: str
 ) -> None:
     project = Project(root)
-    args = argparse.Namespace(load=load, push=push)
+    args = parse(_parser(), ["build", "b300", *options])
     command = _next_command(project, project.cell("b300"), args)
     assert command == expected
     if command.startswith("nox -s serve"):
