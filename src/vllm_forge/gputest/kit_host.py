@@ -296,6 +296,9 @@ def run_in(run: Run) -> int:
     unshare(CLONE_NEWNS | CLONE_NEWIPC)
     mount_all(run)
     unshare(CLONE_NEWPID)  # last: the next process is the first of the namespace, and ends it
+    first = os.fork()
+    if first == 0:
+        be_init()
     pid = os.fork()
     if pid == 0:
         become(run)
@@ -308,12 +311,26 @@ def run_in(run: Run) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)  # returns when all processes of the namespace have ended
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code  # as a shell says which signal ended it
 
 
+def be_init() -> NoReturn:
+    """Be the first process of a PID namespace until it is killed; reap what others leave.
+
+    The command cannot be it: the kernel ends that process by no signal that it does not handle.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    while True:
+        signal.pause()
+
+
 def become(run: Run) -> NoReturn:
-    """Turn this process, the first of its PID namespace, into the command."""
+    """Turn this process into the command."""
     libc = ctypes.CDLL(None)  # the image has another one
     mount("-t", "proc", "proc", f"{run.root}/proc")
     os.chroot(run.root)
@@ -413,21 +430,12 @@ def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str
 
 
 def suite_run(
-    root: Path,
-    config: dict[str, Any],
-    suite: dict[str, Any],
-    arguments: list[str],
+    root: Path, config: dict[str, Any], suite: dict[str, Any], arguments: list[str],
     binds: dict[str, Path],
-) -> Run:
-    return Run(
-        root=root,
-        argv=[*suite["argv"], *arguments, *suite["last"]],
-        uid=0,
-        env=variables(config, suite["env"]),
-        binds=binds,
-        read_only=frozenset({"/forge"}),
-        cwd="/forge",
-    )
+) -> Run:  # fmt: skip
+    argv = [*suite["argv"], *arguments, *suite["last"]]
+    env, read_only = variables(config, suite["env"]), frozenset({"/forge"})
+    return Run(root, argv, uid=0, env=env, binds=binds, read_only=read_only, cwd="/forge")
 
 
 def main(arguments: list[str]) -> int:

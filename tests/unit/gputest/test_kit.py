@@ -311,6 +311,25 @@ def test_ending_the_kit_ends_its_commands(folder: Path) -> None:
 
 
 @ROOT_ONLY
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_command_without_a_handler_is_ended(folder: Path, number: signal.Signals) -> None:
+    """The first process of a PID namespace would ignore what it does not handle."""
+    call(folder, "unpack")
+    argv = ["sh", str(folder / "run.sh"), "exec", "--", "sh", "-c", "echo ready; exec sleep 60"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line == "ready\n" for line in process.stdout)
+        process.send_signal(number)
+    assert process.returncode == 128 + number
+
+
+@ROOT_ONLY
+def test_processes_that_a_command_leaves_end_with_it(folder: Path) -> None:
+    call(folder, "unpack")
+    assert "left" in call(folder, "exec", "--", "sh", "-c", "sleep 1000 & echo left")
+
+
+@ROOT_ONLY
 @pytest.mark.parametrize("uid", ["0", "10001"])
 def test_killing_the_kit_ends_its_commands(folder: Path, uid: str) -> None:
     """Also those of another user: a change of the user clears the signal of a parent's death."""
@@ -320,7 +339,7 @@ def test_killing_the_kit_ends_its_commands(folder: Path, uid: str) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert any(line == "ready\n" for line in process.stdout)
-        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        child, _ = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
         ended, _, _ = select.select([process.stdout], [], [], 10)  # the command had it open, too
         if not ended:
@@ -343,7 +362,7 @@ def test_signal_that_ends_the_command_is_the_exit_code(folder: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert any(line == "ready\n" for line in process.stdout)
-        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        _, child = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
     assert process.returncode == 137
 
