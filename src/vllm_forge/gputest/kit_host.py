@@ -56,6 +56,7 @@ CHUNK = 1 << 22
 SHM = "16g"
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x20000, 0x8000000, 0x20000000
 PR_SET_PDEATHSIG = 1
+NO_USER = 2**32 - 1  # chown(2) changes nothing for it
 
 
 def fail(message: str) -> NoReturn:
@@ -410,6 +411,8 @@ def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str
     parser.add_argument("--bind", action="append", default=[])
     parser.add_argument("argv", nargs="+")
     args = parser.parse_args(arguments)
+    if not 0 <= args.uid < NO_USER:
+        parser.error(f"invalid --uid {args.uid}: expected 0 to {NO_USER - 1}")
     binds = {"/cache": volume(work, args.uid)}
     for bind in args.bind:
         source, _, target = bind.rpartition(":")

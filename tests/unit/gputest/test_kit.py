@@ -487,6 +487,10 @@ def test_wrong_usage_shows_the_usage(folder: Path, arguments: list[str]) -> None
         (["--"], "required: argv", 2),
         (["--user", "0", "--", "sh"], "unrecognized arguments: --user", 2),
         (["--uid", "--", "sh"], "--uid: expected one argument", 2),
+        *(
+            (["--uid", uid, "--", "sh"], f"invalid --uid {uid}: expected 0 to 4294967294", 2)
+            for uid in ("-1", "4294967295", "99999999999")
+        ),
         (["--bind", "/tmp:/none", "--", "sh"], "the image has no such folder", 1),
         *(
             (["--bind", bind, "--", "sh"], f"invalid --bind '{bind}'", 2)
