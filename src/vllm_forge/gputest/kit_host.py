@@ -195,6 +195,9 @@ def unpack_image(folder: Path, digest: str, work: Path) -> tuple[Path, dict[str,
         aside.chmod(0o755)
         for number, diff_id in enumerate(config["rootfs"]["diff_ids"]):
             unpack_layer(folder / "image" / f"{number}.tar.gz", diff_id, aside)
+        if marker := next(aside.rglob(".wh.*"), None):  # a whiteout of the OCI's layer format
+            fail(f"a layer deletes files ({marker.name}), unsupported: make the kit of an image "
+                 "whose layers only add files")  # fmt: skip
         for name in FOLDERS:
             (aside / name).mkdir(parents=True, exist_ok=True)
         (aside / SMI).parent.mkdir(parents=True, exist_ok=True)

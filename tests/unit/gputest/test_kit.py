@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -11,12 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from vllm_forge.checkpoints.fixtures.sparse import SIGN
+from vllm_forge.gputest import kit_host
 from vllm_forge.gputest.errors import KitError
 from vllm_forge.gputest.kit import (
     HOST,
@@ -113,6 +116,10 @@ def call(folder: Path, *arguments: str, code: int = 0) -> str:
     )  # fmt: skip
     assert done.returncode == code, done.stdout
     return done.stdout
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def flip(path: Path) -> None:
@@ -308,6 +315,22 @@ def test_ending_the_kit_ends_its_commands(folder: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == "stopped\n"
     assert process.returncode == 3
+
+
+def test_layer_that_deletes_files_is_refused(tmp_path: Path) -> None:
+    """As a whiteout does, which tar would unpack as a file, and keep what it deletes."""
+    (folder := tmp_path / "image").mkdir()
+    with tarfile.open(tmp_path / "layer.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("etc/.wh.passwd"))
+    layer = (tmp_path / "layer.tar").read_bytes()
+    (folder / "0.tar.gz").write_bytes(gzip.compress(layer))
+    config = json.dumps({"rootfs": {"diff_ids": [f"sha256:{digest(layer)}"]}, "config": {}})
+    (folder / "config.json").write_text(config)
+    manifest = json.dumps({"config": {"digest": f"sha256:{digest(config.encode())}"}})
+    (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(SystemExit, match=r"a layer deletes files \(\.wh\.passwd\)"):
+        kit_host.unpack_image(tmp_path, f"sha256:{digest(manifest.encode())}", tmp_path)
+    assert not list(tmp_path.glob("root-*"))
 
 
 @ROOT_ONLY
