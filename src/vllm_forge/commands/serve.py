@@ -70,7 +70,7 @@ def register(choices: parsers.Commands) -> None:
 def _container_options(one: parsers.Parser) -> None:
     one.add_argument("--model", type=Path, metavar="DIR", help="folder with the artifact's files")
     one.add_argument("--image", metavar="REF", help="default: the cell's image, by its digest")
-    one.add_argument("--port", type=int, help="of the host (default: 8000)")
+    one.add_argument("--port", type=int, help="of the host, for the first replica (default: 8000)")
     one.add_argument("--name", help="of the container (default: vllm-PRESET)")
     one.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]",
                      help="variable of the server; without a value: this shell's")  # fmt: skip
@@ -112,8 +112,8 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     for variable in args.env:
         if text := variables.doubt(variable.partition("=")[0]):
             console.print(text, markup=False)
-    if args.form == "k8s" and (options.gpu_ids or not OBJECT.fullmatch(options.name or "vllm")):
-        args.parser.error("--k8s: the scheduler chooses GPUs; a --name is of a-z, 0-9, '.' and '-'")
+    if args.form == "k8s":
+        _require_kubernetes(args, options)
     cell = project.cell(args.sku, args.line)
     deployment = replace(
         find_deployment(project.matrix, cell, args.preset, args.artifact),
@@ -150,6 +150,15 @@ def serve(project: Project, args: argparse.Namespace) -> None:
         print(run.text())
     else:
         shell.become(run)
+
+
+def _require_kubernetes(args: argparse.Namespace, options: "shell.ServeOptions") -> None:
+    """Refuse what a Deployment cannot express."""
+    if options.gpu_ids or options.port or options.replica > 1:
+        args.parser.error("--k8s: no --gpu-ids, --port or --replica: the cluster chooses the host, "
+                          "its GPUs and, by a Service, the port")  # fmt: skip
+    if not OBJECT.fullmatch(options.name or "vllm"):
+        args.parser.error("--k8s: a --name is of a-z, 0-9, '.' and '-'")
 
 
 def lint(project: Project, args: argparse.Namespace) -> None:

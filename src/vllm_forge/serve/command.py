@@ -24,6 +24,7 @@ ENGINES: tuple[Engine, ...] = ("docker", "podman")
 DOWNLOADS = "vllm-forge-downloads"  # the hub's, shared by all images: weights, no code
 MODEL = "/model"  # where a local folder is mounted
 MOST_KEY = 4096  # bytes
+MOST_PORT = 65535
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*(=[^\x00-\x1f\x7f]*)?$"
 # Of docker/Dockerfile: podman ignores the health check of an OCI image
@@ -66,7 +67,7 @@ class ServeOptions(FrozenModel):
     """What a user says of the container; None: see `service_of`."""
 
     image: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_./:@-]*$")] | None = None
-    port: int | None = Field(default=None, ge=1, le=65535)  # of the host
+    port: int | None = Field(default=None, ge=1, le=MOST_PORT)  # of the first replica, on the host
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$")] | None = None
     key: Path | None = None  # file with the API key
     detach: bool = False
@@ -141,6 +142,8 @@ def service_of(
     volume = image.partition("@sha256:")[2][:12] or f"{cell.sku_name}-{cell.line_name}"
     if options.image and "@sha256:" not in image:
         volume = hash_of(image)[:12]
+    if (port := (options.port or settings.port) + number - 1) > MOST_PORT:
+        raise UsageError(f"replica {number} has no port: {port} is above {MOST_PORT}")
     name = options.name or f"vllm-{deployment.preset_name}"
     _, variables = serve_arguments(deployment.matrix, deployment.preset_name)
     preset = [f"{name}={value}" for name, value in sorted(variables.items())]
@@ -148,7 +151,7 @@ def service_of(
     chosen = {
         "image": image,
         "name": name if number == 1 else f"{name}-{number}",
-        "port": options.port or settings.port + number - 1,
+        "port": port,
         "gpu_ids": ids,
         "env": (*preset, *deployment.env),
     }

@@ -197,7 +197,10 @@ def test_model_folder_is_mounted_read_only(tmp_path: Path) -> None:
     assert (mount["readOnly"], volume["hostPath"]["path"]) == (True, str(tmp_path))
 
 
-@pytest.mark.parametrize("option", ["--gpu-ids=0,1,2,3", "--name=My_Server", "--name=a."])
+@pytest.mark.parametrize(
+    "option",
+    ["--gpu-ids=0,1,2,3", "--name=My_Server", "--name=a.", "--port=9000", "--replica=2"],
+)
 def test_option_that_kubernetes_cannot_take_is_refused(option: str) -> None:
     assert main(["serve", "--sku=b300", "--preset=mtp", "--k8s", option]) == 2
     assert main(["serve", "--sku=b300", "--preset=mtp", "--k8s", "--name=a.b-1"]) == 0
@@ -205,7 +208,7 @@ def test_option_that_kubernetes_cannot_take_is_refused(option: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_are_printed_alone_on_stdout(form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--sku=b300", "--preset=mtp", f"--{form}", "--port=9000"]) == 0
+    assert main(["serve", "--sku=b300", "--preset=mtp", f"--{form}"]) == 0
     out = capsys.readouterr().out
     assert "canada-quant/DeepSeek-V4-Flash-NVFP4-FP8-MTP" in out
     if form != "systemd":

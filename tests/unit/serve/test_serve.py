@@ -367,6 +367,7 @@ def test_second_replica_has_other_gpus_port_and_name(deployment: Deployment) -> 
     assert {"--gpus=4", "--publish=8000:8000", "--name=vllm-b300-mtp"} <= set(one)
     changed = {'--gpus="device=4,5,6,7"', "--publish=8001:8000", "--name=vllm-b300-mtp-2"}
     assert set(two) - set(one) == changed, "and the volumes are the same"
+    assert "--publish=9002:8000" in words(run(deployment, port=9001, replica=2))
     podman = words(run(deployment, engine="podman", replica=2))
     devices = [word[-1] for word in podman if word.startswith("--device=nvidia.com/gpu=")]
     assert devices == ["4", "5", "6", "7"]
