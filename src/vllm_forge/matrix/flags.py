@@ -176,11 +176,13 @@ def parallel(words: Sequence[str]) -> Parallel:
 
 
 def refuse_ours(words: Sequence[str]) -> None:
-    """Refuse flags that serve sets itself."""
+    """Refuse flags that serve sets itself, and what a terminal would not show as it is."""
     found = values(words)
     for name, remedy in OURS.items():
         if name in found:
             raise UsageError(f"{name} after -- is set by serve itself", remedy=remedy)
+    if odd := [word for word in words if not word.replace("\n", "").isprintable()]:
+        raise UsageError(f"control characters in {odd[0]!r} after --", remedy="take them out")
     if words and not words[0].startswith("-"):
         what = f"unexpected argument {words[0]!r} after --: expected flags of vllm serve"
         raise UsageError(what, remedy="the model is given by --artifact or --model")

@@ -82,6 +82,8 @@ class ServeOptions(FrozenModel):
         # In the container the chosen GPUs are numbered from 0.
         if names := {text.partition("=")[0] for text in self.env} & set(VISIBLE):
             raise ValueError(f"env {min(names)}: choose GPUs by --gpu-ids")
+        if not str(self.key or "").isprintable():  # it is printed
+            raise ValueError("api-key-file: expected a path without control characters")
         return self
 
 

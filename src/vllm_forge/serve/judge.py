@@ -80,8 +80,10 @@ def require_model(deployment: Deployment) -> None:
     compares them.
     """
     name, folder = deployment.artifact_name, deployment.model
-    if folder is None or not folder.is_dir() or ":" in str(folder):
-        what = f"invalid --model {folder}: expected a folder, without a colon in its path"
+    odd = ":" in str(folder) or not str(folder).isprintable()
+    if folder is None or odd or not folder.is_dir():
+        what = f"invalid --model {folder}: expected a folder, without a colon or a control "
+        what += "character in its path"
         raise UsageError(what, remedy="give one that exists, or rename it")
     _require_visible(folder)
     if name not in manifests():

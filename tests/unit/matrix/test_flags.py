@@ -114,7 +114,7 @@ def test_what_serve_sets_itself_is_refused(words: list[str], remedy: str) -> Non
     with pytest.raises(UsageError) as refused:
         refuse_ours(words)
     assert remedy in refused.value.remedy
-    refuse_ours(["--max-model-len=1"])
+    refuse_ours(["--max-model-len=1", '--speculative-config={\n"method": "mtp"}'])
 
 
 def test_gpus_of_a_preset_are_all_of_its_sizes(root: Path) -> None:

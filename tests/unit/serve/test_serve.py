@@ -454,6 +454,10 @@ def test_api_key_goes_through_the_environment_alone(
         (["--env=CUDA_VISIBLE_DEVICES=4"], "invalid --env CUDA_VISIBLE_DEVICES: choose"),
         (["--env=NVIDIA_VISIBLE_DEVICES"], "choose GPUs by --gpu-ids"),
         (["--print", "--k8s"], "not allowed with"),
+        (["--api-key-file=\x1b[31mx"], "invalid --api-key-file: expected a path without control"),
+        (["--api-key-file=a\nb"], "invalid --api-key-file"),
+        (["--port=65535", "--replica=2"], "replica 2 has no port: 65536 is above 65535"),
+        (["--", "--served-model-name=\x1b[31mx"], r"in '--served-model-name=\x1b[31mx' after --"),
     ],
 )  # fmt: skip
 def test_invalid_options_are_refused(
