@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import tomllib
@@ -112,6 +113,18 @@ def test_modules_are_short() -> None:
         if (count := len(path.read_text().splitlines())) > 500
     }
     assert not long, f"split by idea: {long}"
+
+
+def test_ci_finds_its_checkout_where_cdpath_is_set(tmp_path: Path) -> None:
+    head, _, _ = (REPO / ".ci" / "run").read_text().partition("\nexport")
+    for name in ("checkout", "other"):
+        (tmp_path / name / ".ci").mkdir(parents=True)
+    (script := tmp_path / "checkout" / ".ci" / "run").write_text(f"{head}\npwd\n")
+    done = subprocess.run(
+        ["bash", script.relative_to(tmp_path / "checkout")], cwd=tmp_path / "checkout",
+        env={**os.environ, "CDPATH": str(tmp_path / "other")}, stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    assert done.stdout.decode() == f"{tmp_path / 'checkout'}\n"
 
 
 def test_unpacked_layers_are_opened_by_the_store_alone() -> None:
