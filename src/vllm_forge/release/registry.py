@@ -48,6 +48,7 @@ OTHER_FILE = (
     sources_errors.DistributionNotFoundError,
 )  # fmt: skip
 NO_FILE = (sources_errors.IndexUnreachableError, sources_errors.DownloadInterruptedError)
+LOGGED_IN = re.compile(r".*@(?!sha256:)", re.DOTALL)  # what a user and a password end with
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 REFERENCE = re.compile(
@@ -70,7 +71,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a reference; UsageError, without what stands before an ``@`` in it.
+        """Read a reference; UsageError, without what stands before an ``@``, but of a digest.
 
         A user and a password are refused: every user of the host reads command lines.
         """
@@ -78,7 +79,7 @@ class Reference:
         if match is not None and re.search(r"[.:]|^localhost$", match["registry"]):
             return cls(**match.groupdict())
         raise UsageError(
-            f"invalid image reference {text.rpartition('@')[2][:SHOWN]!r}: "
+            f"invalid image reference {LOGGED_IN.sub('', text)[:SHOWN]!r}: "
             "expected HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]",
             remedy="write the host, e.g. docker.io/NAME for Docker Hub; for a registry that asks "
             "for a password, run: skopeo login HOST",
