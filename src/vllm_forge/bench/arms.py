@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
-from vllm_forge.bench.claims import CLAIMS, read_claims
-from vllm_forge.bench.errors import ArmUnknownError, SessionFileError
+from vllm_forge.bench.claims import CLAIMS, REMEDY, read_claims
+from vllm_forge.bench.errors import ArmUnknownError, ClaimsFileError, SessionFileError
 from vllm_forge.bench.hardware import listed_gpus
 from vllm_forge.bench.measure import read_workload
 from vllm_forge.bench.results import Arm, Conditions, Server, Setup
@@ -26,7 +26,7 @@ from vllm_forge.bench.session import (
     read_session,
 )
 from vllm_forge.bench.workloads import Loaded, Source, lines, load
-from vllm_forge.errors import UsageError
+from vllm_forge.errors import UsageError, suggestion
 from vllm_forge.host import Probe, Reply, hash_of, parse_json, read_plain
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.layout import hex_digest, read_image
@@ -83,11 +83,16 @@ def arm_of(
 def published(project: Project, arms: Sequence[Arm]) -> Iterator[tuple[str, float | None]]:
     """Each published rate with what was measured over it, None where that was not run.
 
-    Of a preset's very command, the workload and the concurrency.
+    Of a preset's very command, the workload and the concurrency. ClaimsFileError: an arm is served
+    by an unknown preset.
     """
     claims, matrix = read_claims(project.root / CLAIMS), project.matrix
     for row in claims.published:
         served = claims.serve[row.arm]
+        if served.preset not in matrix.preset:
+            what = f"serve.{row.arm}: unknown preset {served.preset!r}"
+            what += suggestion(served.preset, matrix.preset)
+            raise ClaimsFileError(what, where=CLAIMS, remedy=REMEDY)
         sku = matrix.preset[served.preset].sku
         lines = [name for name, line in matrix.line.items() if sku in line.skus]
         argv = {

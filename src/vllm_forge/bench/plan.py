@@ -2,18 +2,19 @@
 
 import math
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 from scipy import stats
 
-from vllm_forge.bench.claims import ClaimsFile, Comparison, Derived
+from vllm_forge.bench.claims import CLAIMS, REMEDY, ClaimsFile, Comparison, Derived
+from vllm_forge.bench.errors import ClaimsFileError
 from vllm_forge.bench.results import MOST_STARTS
 from vllm_forge.bench.statistics import LEVEL
 from vllm_forge.bench.verdicts import Word
+from vllm_forge.errors import suggestion
 from vllm_forge.matrix import FrozenModel, Matrix
 from vllm_forge.matrix.model import Gate, Name
 
@@ -112,12 +113,17 @@ def gate_plan(
 
 
 def card_plan(
-    claims: ClaimsFile, record: dict[str, Any], matrix: Matrix, suites: dict[str, Suite],
+    claims: ClaimsFile, words: Mapping[str, str], matrix: Matrix, suites: dict[str, Suite],
     timing: Timing,
 ) -> Iterator[list[str]]:  # fmt: skip
-    """Rows for each undecided figure: figure, arms, needed, minutes, state."""
-    words = {row["id"]: row["word"] for row in record["verdicts"]}
+    """Rows for each undecided figure: figure, arms, needed, minutes, state.
+
+    ``words``: the verdict on each claim. ClaimsFileError: a claim is of an unknown suite.
+    """
     for row in claims.claim:
+        if (suite := getattr(row, "suite", None)) and suite not in suites:
+            what = f"claim {row.id}: unknown suite {suite!r}{suggestion(suite, suites)}"
+            raise ClaimsFileError(what, where=CLAIMS, remedy=REMEDY)
         if words.get(row.id) != Word.UNDECIDED:
             continue
         if isinstance(row, Comparison) and row.second is not None and row.suite:

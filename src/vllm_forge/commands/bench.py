@@ -215,9 +215,12 @@ def plan(project: Project, args: argparse.Namespace) -> None:
     timing = plans.Timing(args.start_seconds, args.run_seconds)
     suites = plans.read_suites()
     if args.card:
-        head, record = CARD_HEAD, project.read_json(RECORD)
+        head = CARD_HEAD
+        words = project.read_json(
+            RECORD, lambda record: {row["id"]: row["word"] for row in record["verdicts"]}
+        )
         figures = read_claims(project.root / CLAIMS)
-        rows = list(plans.card_plan(figures, record, project.matrix, suites, timing))
+        rows = list(plans.card_plan(figures, words, project.matrix, suites, timing))
     else:
         head, noises = PLAN_HEAD, args.noise or plans.NOISES
         rows = [

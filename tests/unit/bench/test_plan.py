@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from vllm_forge.bench import plan, statistics
+from vllm_forge.bench.arms import published
 from vllm_forge.bench.claims import Comparison, Share
+from vllm_forge.bench.errors import ClaimsFileError
 from vllm_forge.bench.statistics import ALPHA
 from vllm_forge.cli import main
+from vllm_forge.matrix.errors import RecordFileError
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,6 +76,24 @@ def test_plan_says_what_cannot_be_decided(
     assert by_place["throughput", "a start varies by 10 %"]["decides"] == "cannot be decided"
     assert by_place["throughput", "a start varies by 0.4 %"]["minutes"] == "15"
     assert by_place["acceptance", "drafts by prompt"]["needs"] == "unknown"
+
+
+def test_unknown_names_of_claims_are_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(root / "records" / "bench", tmp_path / "records" / "bench")
+    for name in ("matrix.toml", "pyproject.toml"):
+        shutil.copy(root / name, tmp_path)
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
+    file = tmp_path / "records" / "bench" / "claims.toml"
+    file.write_text(file.read_text().replace('suite = "gsm8k"', 'suite = "gsm8l"', 1))
+    assert main(["bench", "plan", "--card"]) == ClaimsFileError.exit_code
+    assert "unknown suite 'gsm8l' (did you mean 'gsm8k'?)" in capsys.readouterr().err
+    (tmp_path / "records" / "bench" / "claims.json").write_text("{}")
+    assert main(["bench", "plan", "--card"]) == RecordFileError.exit_code
+    file.write_text(file.read_text().replace('preset = "b300-mtp"', 'preset = "b300-mtq"', 1))
+    with pytest.raises(ClaimsFileError, match=r"serve\.mtp: unknown preset 'b300-mtq' \(did"):
+        list(published(Project(tmp_path), []))
 
 
 def test_card_plan_is_not_run_and_names_presets(
