@@ -8,6 +8,9 @@ position and subject. Export accepts only what `checkout` can give back byte for
 import hashlib
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -113,19 +116,9 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
     series = project.root / line.series
     lock = read_tree_lock(series, name)
     _require_clean(work, source)
-    _, *commits = _commits(work, source, lock.base)
-    trees = [lock.base, *(work.text("rev-parse", f"{commit}^{{tree}}") for commit in commits)]
-    steps = enumerate(zip(commits, pairwise(trees), strict=True), 1)
-    patches = tuple(_patch(work, commit, number, *pair) for number, (commit, pair) in steps)
+    with _plain(work) as repo:
+        patches, applied = _patches(repo, source, lock.base)
     names = [patch.name for patch in patches]
-    if doubled := sorted({item for item in names if names.count(item) > 1}):
-        what = f"more than one commit is {PATCH}: {', '.join(doubled)}"
-        remedy = "change the trailer of one with git rebase -i, or squash the two"
-        raise errors.PatchHeaderError(what, where=source, remedy=remedy)
-    applied = apply.apply_series(work, lock.base, patches)
-    if applied.trees != tuple(trees[1:]):
-        what = "the patches do not give the trees of the commits"
-        raise errors.NonCanonicalPatchError(what, where=source)
     before = _digest(series)
     with atomic_path(series) as aside:
         shutil.copytree(series, aside, ignore=shutil.ignore_patterns("*.patch"))
@@ -141,6 +134,43 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
             raise errors.WrongBaseError(what, where=series, remedy=AGAIN)
     work.git("config", "forge.series", after)
     return name, read_series(series)
+
+
+@contextmanager
+def _plain(work: SourceRepo) -> Iterator[SourceRepo]:
+    """The commits of a checkout in a repository without its settings, attributes and replacements.
+
+    All of these change what git says of a commit.
+    """
+    objects = work.text("rev-parse", "--path-format=absolute", "--git-path", "objects")
+    with tempfile.TemporaryDirectory(prefix="vllm-forge-export-") as folder:
+        repo = SourceRepo(Path(folder))
+        repo.git("init", "--quiet", "--bare", "--template=")
+        (repo.path / "objects" / "info" / "alternates").write_text(f"{objects}\n")
+        for ref in (BASE, "HEAD"):
+            if commit := work.text("rev-parse", "--verify", "--quiet", ref, check=False):
+                repo.git("update-ref", ref, commit)
+        yield repo
+
+
+def _patches(
+    repo: SourceRepo, source: Path, base: str
+) -> tuple[tuple[apply.Patch, ...], apply.Applied]:
+    """The patches of the commits after the base, applied to it."""
+    _, *commits = _commits(repo, source, base)
+    trees = [base, *(repo.text("rev-parse", f"{commit}^{{tree}}") for commit in commits)]
+    steps = enumerate(zip(commits, pairwise(trees), strict=True), 1)
+    patches = tuple(_patch(repo, commit, number, *pair) for number, (commit, pair) in steps)
+    names = [patch.name for patch in patches]
+    if doubled := sorted({item for item in names if names.count(item) > 1}):
+        what = f"more than one commit is {PATCH}: {', '.join(doubled)}"
+        remedy = "change the trailer of one with git rebase -i, or squash the two"
+        raise errors.PatchHeaderError(what, where=source, remedy=remedy)
+    applied = apply.apply_series(repo, base, patches)
+    if applied.trees != tuple(trees[1:]):
+        what = "the patches do not give the trees of the commits"
+        raise errors.NonCanonicalPatchError(what, where=source)
+    return patches, applied
 
 
 def _message(patch: apply.Patch) -> str:
