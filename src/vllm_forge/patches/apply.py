@@ -100,6 +100,10 @@ def parse_patch(path: Path, fields: dict[str, str], diff: str, where: str) -> Pa
     if not any(len(file) for file in parsed):
         remedy = "export the change again, or delete the file and its line in the series"
         raise errors.EmptyPatchError("the patch has no hunk", where=where, remedy=remedy)
+    if binary := [file.path for file in parsed if file.is_binary_file]:
+        what = f"the patch has no content of a binary file: {', '.join(binary)}"
+        remedy = "change text alone, and export the change again"
+        raise errors.CorruptPatchError(what, where=where, remedy=remedy)
     files = tuple(file.path for file in parsed)
     return Patch(path=path, fields=fields, diff=diff, files=files)
 

@@ -15,6 +15,7 @@ from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.patches import check_line, read_series, read_tree_lock
 from vllm_forge.patches.authoring import BASE, checkout, export
 from vllm_forge.patches.errors import (
+    CorruptPatchError,
     DirtyTreeError,
     EmptyPatchError,
     LineEndingError,
@@ -126,6 +127,29 @@ def test_files_have_the_bytes_of_the_source(
     work.git("-c", "core.autocrlf=true", "reset", "--quiet", "--hard")
     assert b"\r" not in (work.folder / "vllm" / "scheduler.py").read_bytes()
     assert work.git("status", "--porcelain") == ""
+
+
+def test_settings_of_the_checkout_change_no_patch(
+    project: Project, work: Work, repo: SourceRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do the attributes of the directory in which export runs."""
+    (tmp_path / "order").write_text("vllm/scheduler.py\n")
+    (tmp_path / ".gitattributes").write_text("*.py -diff\n")
+    monkeypatch.chdir(tmp_path)
+    file = work.folder / "vllm" / "scheduler.py"
+    file.write_text(f"# first\n{file.read_text()}\n# last\n")
+    work.append("vllm/cache.py", "more = 1\n")
+    work.commit("Café\n" + TRAILERS)
+    for name, value in {
+        "diff.interHunkContext": "40",
+        "diff.suppressBlankEmpty": "true",
+        "diff.orderFile": "order",
+        "i18n.logOutputEncoding": "latin1",
+    }.items():
+        work.git("config", name, value)
+    _, patches = export(project, work.folder)
+    assert patches[-1].summary == "Café"
+    check_line(project, "9.9", repo)
 
 
 def test_new_commit_becomes_a_patch(
@@ -296,6 +320,11 @@ def binary(work: Work) -> None:
     work.commit("Binary\n" + TRAILERS)
 
 
+def text_and_binary(work: Work) -> None:
+    work.append("vllm/cache.py", "more = 1\n")
+    binary(work)
+
+
 REFUSED: dict[str, tuple[Callable[[Work], None], type[ForgeError], str]] = {
     "modified": (modified, DirtyTreeError, "vllm/cache.py"),
     "staged": (staged, DirtyTreeError, "vllm/cache.py"),
@@ -333,6 +362,7 @@ REFUSED: dict[str, tuple[Callable[[Work], None], type[ForgeError], str]] = {
     "crlf": (crlf, LineEndingError, "(CRLF)"),
     "not-utf-8": (latin1, NonCanonicalPatchError, "(Latin-1)"),
     "binary": (binary, EmptyPatchError, "(Binary)"),
+    "text-and-binary": (text_and_binary, CorruptPatchError, "a binary file: vllm/data.bin"),
 }  # fmt: skip
 
 
