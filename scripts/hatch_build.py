@@ -58,7 +58,7 @@ def commit_of(root: Path) -> str:
         carried = root / COMMIT
         return carried.read_text(encoding="utf-8").strip() if carried.is_file() else "unknown"
     rows = []
-    for command in (["rev-parse", "--verify", "HEAD"], ["status", "--porcelain"]):
+    for command in (["rev-parse", "--verify", "HEAD"], ["status", "--porcelain", "-unormal"]):
         argv = ["git", "-C", str(root), *command]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         if done.returncode != 0:

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import re
 import selectors
 import shlex
 import shutil
@@ -38,6 +39,7 @@ GRACE_S = 10  # from SIGTERM to SIGKILL; an engine unmounts what it has mounted
 CONTAINER_GRACE_S = 60  # a run of the GPU suite ends its servers and writes its results
 UNLABELLED = "--security-opt=label=disable"
 PR_SET_PDEATHSIG = 1  # prctl(2)
+OTHER_REPOSITORY = re.compile(r"GIT_(?!CONFIG)")
 
 
 # Held while a command is started, so that `end_commands` misses none.
@@ -149,16 +151,20 @@ def which(tool: str) -> str | None:
 
 
 def git(root: Path, *argv: str) -> str | None:
-    """What a git command prints of a checkout; None where it fails."""
+    """What a git command prints of a checkout; None where it fails.
+
+    Settings are kept: safe.directory may be one. GIT_DIR of a hook's repository is not.
+    """
     command = ["git", "-C", str(root), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {key: value for key, value in os.environ.items() if not OTHER_REPOSITORY.match(key)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else None
 
 
 def head_commit(root: Path) -> tuple[str | None, list[str]]:
     """The commit of a checkout, None where git has none; and the files that differ from it."""
     commit = git(root, "rev-parse", "--verify", "HEAD^{commit}")
-    status = git(root, "status", "--porcelain")
+    status = git(root, "status", "--porcelain", "--untracked-files=normal")  # see git-config(1)
     if commit is None or status is None:
         return None, []
     return commit.strip(), [row[3:] for row in status.splitlines()]

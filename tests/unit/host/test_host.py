@@ -22,6 +22,7 @@ from vllm_forge.host import (
     cache_root,
     exclusive,
     files,
+    head_commit,
     report,
     require_disk,
     which,
@@ -414,3 +415,21 @@ def test_recorded_lines_of_two_threads_stay_whole() -> None:
         runner.run(["echo", "a b"])
         runner.act("a step", lambda: None)
     assert writes == ["echo 'a b'\n", "# a step\n"]
+
+
+def test_commit_is_of_the_checkout_whatever_git_is_set_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook has GIT_DIR of its repository; a source file that is not shown is one all the same."""
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        commit = ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--allow-empty"]
+        for argv in (["init", "--quiet"], [*commit, "--quiet", f"--message={name}"]):
+            subprocess.run(["git", *argv], cwd=tmp_path / name, check=True)
+    (settings := tmp_path / "settings").write_text("[status]\nshowUntrackedFiles = no\n")
+    (tmp_path / "mine" / "new.py").touch()
+    head = head_commit(tmp_path / "mine")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+    assert head_commit(tmp_path / "mine") == head
+    assert head[1] == ["new.py"]
