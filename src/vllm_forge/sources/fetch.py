@@ -16,6 +16,7 @@ from pathlib import Path
 import requests
 from urllib3.exceptions import HTTPError
 
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import cache_root, console, exclusive, gigabytes, remove
 from vllm_forge.host.console import transfer_progress
 from vllm_forge.host.errors import CacheError, DiskSpaceError
@@ -124,6 +125,7 @@ class _Fetcher:
             return True
         deadline = time.monotonic() + PATIENCE_S + item.size / SLOWEST
         last: Exception | None = None
+        resumed = item.kept > 0
         for _ in range(TRIES):
             try:
                 if item.kept != item.size or not item.part.exists():
@@ -142,21 +144,17 @@ class _Fetcher:
                 return True
             last = None
             if not item.exact or item.kept == item.size:
-                self._finish(item)
+                try:
+                    self._finish(item)
+                except errors.HashMismatchError as error:
+                    if not resumed:
+                        raise
+                    # What an earlier run left may be another answer, or cut by a crash.
+                    resumed, last = False, error
+                    self._tick(-item.size)
+                    continue
                 return True
-        have = item.part.stat().st_size if item.part.exists() else 0
-        if last is None:
-            what = f"{item.target.name}: the server's file ends at {have} of {item.size} bytes"
-            remedy = "the mirror holds a damaged copy; use another index"
-            raise errors.TruncatedFileError(what, where=item.url, remedy=remedy)
-        if have == 0:
-            what = f"{item.target.name} cannot be fetched: {type(last).__name__}: {last}"
-            remedy = "check the network and the proxy; finished files are kept"
-            raise errors.IndexUnreachableError(what, where=item.url, remedy=remedy)
-        what = f"{item.target.name}: the connection broke {TRIES} times, {have} of {item.size} "
-        what += f"bytes are kept ({type(last).__name__})"
-        remedy = "run the same command again: it resumes where it stopped"
-        raise errors.DownloadInterruptedError(what, where=item.url, remedy=remedy)
+        raise _unfinished(item, last)
 
     def _finish(self, item: Download) -> None:
         """Hash a part; rename it to its target."""
@@ -205,6 +203,23 @@ class _Fetcher:
                     have += len(block)
                     self._tick(len(block))
         return True
+
+
+def _unfinished(item: Download, last: Exception | None) -> ForgeError:
+    """Why a file did not come; ``last``: of the last try, None where the server sent all it has."""
+    have = item.part.stat().st_size if item.part.exists() else 0
+    if last is None:
+        what = f"{item.target.name}: the server's file ends at {have} of {item.size} bytes"
+        remedy = "the mirror holds a damaged copy; use another index"
+        return errors.TruncatedFileError(what, where=item.url, remedy=remedy)
+    if have == 0:
+        what = f"{item.target.name} cannot be fetched: {type(last).__name__}: {last}"
+        remedy = "check the network and the proxy; finished files are kept"
+        return errors.IndexUnreachableError(what, where=item.url, remedy=remedy)
+    what = f"{item.target.name}: the connection broke {TRIES} times, {have} of {item.size} "
+    what += f"bytes are kept ({type(last).__name__})"
+    remedy = "run the same command again: it resumes where it stopped"
+    return errors.DownloadInterruptedError(what, where=item.url, remedy=remedy)
 
 
 def verified(path: Path, sha256: str) -> Path:

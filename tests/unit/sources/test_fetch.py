@@ -212,14 +212,21 @@ def test_wrong_bytes(get: Callable[[Served], Path], tmp_path: Path, cuts: list[i
     assert hashlib.sha256(content).hexdigest() in str(refused.value)
 
 
-def test_one_wrong_byte_in_a_part_is_found(get: Callable[[Served], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [5 * BLOCK, SIZE])
+def test_damaged_part_of_an_earlier_run_comes_again(
+    kept: int, get: Callable[[Served], Path], server: IndexServer, tmp_path: Path
+) -> None:
+    """The page of a captive portal, or what a crash left: the mirror has no part in it."""
     content = noise(SIZE)
     part_of(tmp_path).parent.mkdir()
-    part_of(tmp_path).write_bytes(b"\0" + content[1 : 5 * BLOCK])
-    with pytest.raises(HashMismatchError):
-        get(Served(content=content))
-    assert left(tmp_path) == []
+    part_of(tmp_path).write_bytes(b"<html>" + content[6:kept])
     assert get(Served(content=content)).read_bytes() == content
+    assert server.asked(NAME)[-1].range_start is None
+    part_of(tmp_path).write_bytes(b"<html>" + content[6:kept])
+    (tmp_path / "got" / NAME).unlink()
+    with pytest.raises(HashMismatchError):
+        get(Served(content=content, listed_sha256=hashlib.sha256(b"other").hexdigest()))
+    assert left(tmp_path) == []
 
 
 def test_longer_than_listed(get: Callable[[Served], Path], tmp_path: Path) -> None:
