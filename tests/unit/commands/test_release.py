@@ -117,8 +117,6 @@ def test_invalid_release_is_refused(
         (["verify", ".", "--offline", "--rebuild"], 2, "--rebuild downloads"),
         (["verify", "./nowhere"], 60, "image not found"),
         (["verify", "user:password@localhost:1/x"], 2, "invalid image reference 'localhost:1/x'"),
-        (["verify", "a@sha256:11"], 2, "invalid image reference 'a@sha256:11'"),
-        (["verify", "user:password@a.b/c@sha256:1"], 2, "reference 'a.b/c@sha256:1'"),
         (["verify", "localhost:1/x:tag", "--key", "none"], 100, "not a public key"),
         (["verify", "localhost:1/x:tag", "--identity", "x"], 2, "belong together"),
         (["verify", "localhost:1/x"], 2, "neither a tag nor a digest"),

@@ -46,6 +46,18 @@ def test_reference_is_parsed(text: str, parts: tuple[str | None, ...]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a@sha256:11", "a@sha256:11"), ("user:password@a.b/c@sha256:11", "a.b/c@sha256:11"),
+        ("user:p@ss@a.b/c", "a.b/c"), ("a.b/c@md5:11", "md5:11"),
+    ],
+)  # fmt: skip
+def test_invalid_reference_is_named_without_a_password(text: str, shown: str) -> None:
+    with pytest.raises(UsageError, match=f"invalid image reference {shown!r}"):
+        Reference.parse(text)
+
+
+@pytest.mark.parametrize(
     ("host", "scheme"),
     [
         ("localhost", "http"), ("localhost:5000", "http"), ("127.0.0.1:5000", "http"),
