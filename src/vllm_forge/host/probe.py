@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +14,10 @@ from vllm_forge.host.files import read_plain, write_whole
 from vllm_forge.host.run import which
 
 TIMEOUT_S = 30
+KILLED_S = 2  # from SIGKILL to the end of a process that ends
 MOST_REPLY, MOST_CODE = 1 << 24, 16  # bytes; docker info has about 20 KB
-# What shells say for a command that does not exist, and timeout(1) for one that hangs.
-NOT_FOUND, TIMED_OUT = 127, 124
+# What shells say for a command that does not exist or cannot start, timeout(1) for one that hangs.
+NOT_FOUND, NOT_EXECUTED, TIMED_OUT = 127, 126, 124
 NOT_APPLICABLE = {"N/A", "[N/A]", "Not Supported", "[Not Supported]"}
 # Names of nvidia-smi --help-query-gpu, in the order of Gpu. fabric.*: since driver 525.
 FIELDS = (
@@ -52,20 +54,35 @@ class HostProbe:
         if program is None:
             return Reply(code=NOT_FOUND, text=f"{argv[0]}: not found\n")
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [program, *argv[1:]],
                 stdin=subprocess.DEVNULL,
-                capture_output=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                timeout=TIMEOUT_S,
-                check=False,
             )
+        except OSError as error:  # e.g. an empty file, where an engine would mount a program
+            return Reply(code=NOT_EXECUTED, text=f"{program}: {error.strerror}\n")
+        try:
+            stdout, stderr = process.communicate(timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return Reply(code=TIMED_OUT, text=f"{shlex.join(argv)}: no answer in {TIMEOUT_S} s\n")
+        finally:
+            if process.returncode is None:
+                _leave(process)
         # Where a command succeeds, stderr has warnings, which are not part of its JSON.
-        text = done.stdout + (done.stderr if done.returncode else "")
-        return Reply(code=done.returncode, text=text)
+        text = stdout + (stderr if process.returncode else "")
+        return Reply(code=process.returncode, text=text)
+
+
+def _leave(process: "subprocess.Popen[str]") -> None:
+    """Kill a command; what hangs in a driver ends when that answers, and is not waited for."""
+    process.kill()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(KILLED_S)
+    for pipe in filter(None, (process.stdout, process.stderr)):
+        pipe.close()
 
 
 @dataclass(frozen=True)

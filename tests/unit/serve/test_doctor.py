@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -257,6 +259,37 @@ def test_a_hanging_tool_does_not_hang_the_doctor(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("vllm_forge.host.probe.TIMEOUT_S", 0.05)
     reply = HostProbe().ask("sleep", ["sleep", "60"])
     assert (reply.code, "no answer" in reply.text) == (124, True)
+
+
+def test_a_tool_that_cannot_be_killed_does_not_hang_the_doctor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As nvidia-smi, waiting in the kernel for a GPU that fell off the bus."""
+    left: list[subprocess.Popen[str]] = []
+    monkeypatch.setattr("vllm_forge.host.probe.TIMEOUT_S", 0.05)
+    monkeypatch.setattr("vllm_forge.host.probe.KILLED_S", 0.05)
+
+    def kill(process: subprocess.Popen[str]) -> None:
+        left.append(process)
+
+    monkeypatch.setattr(subprocess.Popen, "kill", kill)
+    try:
+        assert HostProbe().ask("sleep", ["sleep", "20"]).code == 124
+        assert left[0].poll() is None
+    finally:
+        for process in left:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+def test_a_tool_that_cannot_start_is_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image has an empty nvidia-smi, onto which an engine mounts the host's."""
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    gpus, error = listed_gpus(HostProbe().ask("nvidia-smi", GPU_QUERY))
+    assert (gpus, error) == ((), f"{tmp_path}/nvidia-smi: Exec format error")
 
 
 @pytest.mark.parametrize(("name", "code"), [("b300", 0), ("no-gpu", 81), ("driver-mismatch", 81)])
