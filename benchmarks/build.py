@@ -237,6 +237,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {path}")  # not by rich, which folds a long path
+    print("next: nox -s docs, which writes the pages of it")
 
 
 if __name__ == "__main__":

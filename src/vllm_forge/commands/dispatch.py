@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from vllm_forge.dispatch.site import Site
 
 SCHEDULERS = ("slurm", "kubernetes")
-FORECAST_HEAD = ["nodes", "minutes", "downloaded, GB", "copied to nodes, GB"]
 
 
 def _names(text: str) -> list[str]:
@@ -217,21 +216,16 @@ def build(project: Project, args: argparse.Namespace) -> None:
     args.skus, args.lines = args.skus or list(matrix.sku), args.lines or list(matrix.line)
     lines = builds.longest_first(builds.line_builds(project, _cells(project, args)))
     if args.plan:
-        rates = builds.measured_rates(project)
-        forecasts = [builds.forecast(lines, rates, nodes) for nodes in range(1, len(lines) + 1)]
-        cells = [
-            [str(row.nodes), f"{row.seconds / 60:.1f}", f"{row.downloaded / 1e9:.1f}",
-             f"{row.copied / 1e9:.1f}"]
-            for row in forecasts
-        ]  # fmt: skip
-        print_table(args, [asdict(row) for row in forecasts], FORECAST_HEAD, cells)
+        rows = builds.forecasts(project, lines)
+        cells = [row.cells for row in rows]
+        print_table(args, [asdict(row) for row in rows], builds.FORECAST_HEAD, cells)
         return
     site, run = _site(project, args), runs.new_run()
     text = builds.script(project, lines, site, run)
     path = builds.prepare(text, site, run, runs.asking(HostProbe()))
     builds.fill_folder(project, lines, Path(site.storage.root) / builds.SHARED)
-    rows = builds.send(path, lines, Runner())
-    print_json(args, rows) if args.json else print("\n".join(rows))
+    sent = builds.send(path, lines, Runner())
+    print_json(args, sent) if args.json else print("\n".join(sent))
 
 
 def _show(

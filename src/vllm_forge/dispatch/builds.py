@@ -31,6 +31,7 @@ from vllm_forge.sources.shared import VARIABLE, give
 BUILDS, IMAGES, SHARED = "builds", "built", "shared"  # below the site's storage.root
 ROW = "slurm.build"  # of the site file
 MEASURED = "benchmarks/results/build-{}.json"
+FORECAST_HEAD = ("nodes", "minutes", "downloaded, GB", "copied to nodes, GB")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,12 @@ class Forecast:
     seconds: float
     downloaded: int  # into the shared folder, each file once
     copied: int  # from there into the caches of nodes; without the folder: downloaded by them
+
+    @property
+    def cells(self) -> list[str]:
+        """Of a row below FORECAST_HEAD."""
+        gigabytes = (f"{size / 1e9:.1f}" for size in (self.downloaded, self.copied))
+        return [str(self.nodes), f"{self.seconds / 60:.1f}", *gigabytes]
 
 
 def line_builds(project: Project, cells: Iterable[ImageCell]) -> list[LineBuild]:
@@ -114,6 +121,12 @@ def forecast(lines: Sequence[LineBuild], rates: Rates, nodes: int) -> Forecast:
         free[node] += new / rates.bytes_per_s + line.bytes * rates.first_s_per_byte
         free[node] += rates.next_s * (len(line.skus) - 1)
     return Forecast(nodes=nodes, seconds=max(free), downloaded=sum(every.values()), copied=copied)
+
+
+def forecasts(project: Project, lines: Sequence[LineBuild]) -> list[Forecast]:
+    """By the number of nodes, up to one for each line."""
+    rates = measured_rates(project)
+    return [forecast(lines, rates, nodes) for nodes in range(1, len(lines) + 1)]
 
 
 def longest_first(lines: Sequence[LineBuild]) -> list[LineBuild]:

@@ -165,6 +165,14 @@ def _megabytes(head: list[str], sizes: Iterable[tuple[str, int]]) -> str:
     return table(head, ([name, f"{size / MB:.1f}"] for name, size in sizes))
 
 
+def build_times(data: dict[str, Any]) -> str:
+    """What ``bench build`` measured of a line."""
+    on = f"`{data['command']}`, {data['date']}, {data['machine']['cpus']} cores:"
+    seconds = [[stage, " ".join(map(str, each))] for stage, each in data["seconds"].items()]
+    ratios = list(data["ratios"].items())
+    return "\n\n".join([on, table(["stage", "s, each"], seconds), table(["ratio", ""], ratios)])
+
+
 Row = dict[str, Any]
 CONFIDENCE = 0.999
 # The order of columns, and how they are called there.

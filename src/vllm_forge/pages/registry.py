@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import vllm_forge
+from vllm_forge.dispatch import builds
 from vllm_forge.dispatch.site import Site
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import write_whole
@@ -48,6 +49,14 @@ def skus_table(project: Project) -> str:
     return table(["GPU", "SKU", "build", "presets"], rows)
 
 
+def build_forecast(project: Project) -> str:
+    """Builds of all images on so many nodes."""
+    matrix = project.matrix
+    cells = [project.cell(sku, line) for line, row in matrix.line.items() for sku in row.skus]
+    rows = builds.forecasts(project, builds.line_builds(project, cells))
+    return table(builds.FORECAST_HEAD, [row.cells for row in rows])
+
+
 def exit_codes(_: Project) -> str:
     for module in pkgutil.walk_packages(vllm_forge.__path__, "vllm_forge."):
         if module.name.endswith(".errors"):
@@ -77,6 +86,11 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     f"{ci.WORKFLOWS}/release.yml": {"": ci.github_release},
     "README.md": {"lines": lines_table, "skus": skus_table},
     "docs/generated/benchmarks.md": {"sessions": sessions},
+    "docs/generated/build-times.md": {
+        "speed": lambda project: project.read_json(
+            builds.MEASURED.format(project.matrix.default_line), records.build_times
+        )
+    },
     "docs/generated/checks.md": {"checks": records.checks},
     "docs/generated/claims.md": {"claims": claims},
     "docs/generated/coverage.md": {"coverage": coverage},
@@ -93,6 +107,7 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     "docs/generated/sizes.md": {"sizes": _of("benchmarks/results/sizes.json", records.sizes)},
     "docs/generated/status.md": {"status": status},
     "docs/generated/verdicts.md": {"verdicts": _of("records/verdicts.json", records.verdicts)},
+    "docs/operate/build-hosts.md": {"forecast": build_forecast},
     "matrix.schema.json": {"": lambda _: schema_text()},
     "site.schema.json": {"": lambda _: schema_text(Site)},
 }
