@@ -13,7 +13,8 @@ MORE = {
     "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge",
     "busybox": "busybox-static",
 }  # fmt: skip
-INSTALL = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
+APT = "apt-get install --no-install-recommends"
+INSTALL = f"{APT} {' '.join(PACKAGES)}"
 
 
 def provision(runner: Runner, *, registry: bool = False) -> None:
@@ -24,7 +25,9 @@ def provision(runner: Runner, *, registry: bool = False) -> None:
         return
     if which("apt-get") is None or os.geteuid() != 0:
         what = f"missing: {', '.join(missing)}; --provision needs root and apt-get"
-        raise ProvisionError(what, remedy=f"on Debian or Ubuntu, as root: {INSTALL}")
+        raise ProvisionError(
+            what, remedy=f"on Debian or Ubuntu, as root: {APT} {' '.join(missing)}"
+        )
     env = {"DEBIAN_FRONTEND": "noninteractive"}
     install = ["apt-get", "-qq", "install", "--yes", "--no-install-recommends", *missing]
     try:
@@ -32,5 +35,5 @@ def provision(runner: Runner, *, registry: bool = False) -> None:
         runner.run(install, env=env)
     except CommandFailedError as error:
         what = f"apt-get could not install {', '.join(missing)}:\n{error.what}"
-        remedy = "check the host's apt sources"
+        remedy = "see its output: wait for another apt or dpkg, or correct the host's apt sources"
         raise ProvisionError(what, where=error.where, remedy=remedy) from error
