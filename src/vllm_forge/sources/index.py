@@ -39,6 +39,7 @@ PAGE_S = 120
 # Both become parts of paths in the cache.
 FILENAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+!~-]*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+INDEX_NAME = re.compile(r"^[^:=]+=")  # uv takes NAME=URL
 PIP_INDEX = re.compile(r"^global\.index-url=(?P<quote>['\"])(?P<url>.+)(?P=quote)$", re.M)
 
 
@@ -56,7 +57,7 @@ def index_url() -> str:
     """The index that this host is set up for: uv's variables, pip's, pip.conf, the public one."""
     for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
         if url := os.environ.get(name):
-            return url
+            return INDEX_NAME.sub("", url)
     # pip.conf has several places and layers; pip itself knows them. No pip, no pip.conf.
     # "config list", because "config get" reads the user's file only.
     argv = (sys.executable, "-m", "pip", "config", "list")

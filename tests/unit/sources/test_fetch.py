@@ -557,6 +557,8 @@ def test_index_that_answers_nonsense(server: IndexServer) -> None:
     [
         ({"UV_DEFAULT_INDEX": "http://a/", "PIP_INDEX_URL": "http://b/"}, "http://a/"),
         ({"UV_INDEX_URL": "http://c/", "PIP_INDEX_URL": "http://b/"}, "http://c/"),
+        ({"UV_DEFAULT_INDEX": "mirror=http://a/?x=1"}, "http://a/?x=1"),
+        ({"PIP_INDEX_URL": "http://b/?x=1"}, "http://b/?x=1"),
         ({"PIP_INDEX_URL": "http://b/"}, "http://b/"),
         ({}, PYPI_SIMPLE_ENDPOINT),
     ],
