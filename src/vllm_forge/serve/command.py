@@ -16,7 +16,7 @@ from vllm_forge.host.probe import GPU_QUERY, Gpu
 from vllm_forge.matrix import FrozenModel, ImageCell, Matrix, flags, serve_arguments
 from vllm_forge.matrix.model import Container
 from vllm_forge.serve.deployment import KEY, Deployment
-from vllm_forge.serve.doctor import fitting_gpus, listed_gpus
+from vllm_forge.serve.doctor import listed_gpus, whole_gpus
 from vllm_forge.serve.errors import NoGpuError
 
 Engine = Literal["docker", "podman"]
@@ -206,12 +206,12 @@ def choose_gpus(probe: Probe, deployment: Deployment, replica: int) -> tuple[str
     host has too few for this replica and those before it.
     """
     gpus, error = listed_gpus(probe.ask("nvidia-smi", GPU_QUERY))
-    fitting: Sequence[Gpu] = fitting_gpus(gpus, deployment)
+    fitting: Sequence[Gpu] = whole_gpus(gpus, deployment)
     need = deployment.spread.gpus
     if len(fitting) < need * replica:
         sku = deployment.cell.sku
         what = f"preset {deployment.preset_name} needs {need * replica} GPUs of compute capability "
-        what += f"{sku.compute_capability}, this host has {len(fitting) or 'none'}"
+        what += f"{sku.compute_capability} without MIG, this host has {len(fitting) or 'none'}"
         remedy = f"nox -s doctor -- --sku {deployment.cell.sku_name} says what is missing; "
         remedy += "--print prints the command for another host"
         raise NoGpuError(what, where=error or "nvidia-smi", remedy=remedy)

@@ -213,11 +213,18 @@ def fitting_gpus(gpus: Iterable[Gpu], deployment: Deployment) -> list[Gpu]:
     return [gpu for gpu in gpus if gpu.capability == capability]
 
 
-def check_split(host: Host, *_: object) -> Iterator[HostFinding]:
-    """MIG slices have neither the memory nor the NVLink that a preset counts on."""
+def whole_gpus(gpus: Iterable[Gpu], deployment: Deployment) -> list[Gpu]:
+    """Those of them that serve can use: MIG slices lack the memory and NVLink of a preset."""
+    return [gpu for gpu in fitting_gpus(gpus, deployment) if not gpu.mig]
+
+
+def check_split(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
+    """GPUs that are not split into MIG slices: as many as the preset has."""
     if split := [str(gpu.index) for gpu in host.gpus if gpu.mig]:
         remedy = "nvidia-smi -mig 0, as root, with no process on the GPUs"
-        yield judged("MIG", False, f"on, GPU {', '.join(split)}", "off", remedy)
+        enough = len(whole_gpus(host.gpus, deployment)) >= needs.gpus
+        needed = f"off, for {needs.gpus} GPUs"
+        yield judged("MIG", enough, f"on, GPU {', '.join(split)}", needed, remedy)
 
 
 def check_memory(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:

@@ -200,6 +200,14 @@ def test_size_of_an_artifact_is_that_of_its_manifest(
     assert "178.4 GB for image and weights" in disk.needed
 
 
+@pytest.mark.parametrize(("split", "level"), [(4, "ok"), (5, "red")])
+def test_split_gpus_beside_enough_others_are_fine(
+    split: int, level: str, recorded: Callable[..., Path], diagnose: Diagnose
+) -> None:
+    rows = B300.replace("Disabled", "Enabled") * split + B300 * (8 - split)
+    assert levels(diagnose(recorded("b300", nvidia_smi=rows), "b300"))["MIG"] == level
+
+
 def test_memory_that_others_use_is_red(recorded: Callable[..., Path], diagnose: Diagnose) -> None:
     """As vLLM refuses it: free memory below --gpu-memory-utilization (v1/worker/utils.py)."""
     used = "".join(f"{index}, {60000 if index < 5 else 4}\n" for index in range(8))

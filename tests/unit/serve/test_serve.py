@@ -373,6 +373,14 @@ def test_second_replica_has_other_gpus_port_and_name(deployment: Deployment) -> 
     assert devices == ["4", "5", "6", "7"]
 
 
+def test_gpu_that_is_split_is_not_taken(deployment: Deployment) -> None:
+    rows = listing(*["b300"] * 8)
+    said = replace(rows, text=rows.text.replace("Disabled", "Enabled", 1))
+    assert choose_gpus(Said(nvidia_smi=said), deployment, 1) == ("1", "2", "3", "4")
+    with pytest.raises(NoGpuError, match="without MIG, this host has 7"):
+        choose_gpus(Said(nvidia_smi=said), deployment, 2)
+
+
 def test_given_gpus_are_pinned_and_counted(deployment: Deployment) -> None:
     assert '--gpus="device=0,2,4,6"' in words(run(deployment, gpu_ids=("0", "2", "4", "6")))
     with pytest.raises(UsageError, match="2 GPUs are given, and b300-mtp needs 4"):
