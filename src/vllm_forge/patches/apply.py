@@ -36,7 +36,10 @@ FORMS = {
 MOVED = re.compile(r"^Hunk #(\d+) succeeded at (\d+) \(offset (-?\d+) lines?\)", re.M)
 FAILED = re.compile(r"^error: patch failed: (?P<file>.+):(?P<line>\d+)$", re.M)
 ABSENT = re.compile(r"^error: (?P<file>.+): (?:does not exist in index|No such file)", re.M)
-CORRUPT = re.compile(r"^error: (?:corrupt patch|patch fragment without header)", re.M)
+CORRUPT = re.compile(
+    r"^error: (?:corrupt patch|patch fragment without header|invalid path"  # e.g. ../x
+    r"|'.+' appears as both a file and as a directory)", re.M,
+)  # fmt: skip
 EMPTY = re.compile(r"^error: (?:No valid patches in input|unrecognized input)", re.M)
 UNREADABLE = re.compile(r"^error: failed to read ", re.M)  # a blob; the exit code is 1
 CANONICAL = (
@@ -267,7 +270,7 @@ def _refusal(
     where = str(patch.path)
     if CORRUPT.search(stderr):
         what = f"git cannot read the patch: {first}"
-        remedy = "export the change again with git"
+        remedy = "name files of the source tree, and export the change again with git"
         return errors.CorruptPatchError(what, where=where, remedy=remedy)
     if EMPTY.search(stderr):
         return errors.EmptyPatchError("git finds no hunk in the patch", where=where)

@@ -256,6 +256,13 @@ def line(pattern: bytes, new: bytes) -> Callable[[bytes], bytes]:
     return lambda content: re.sub(pattern, new, content, count=1, flags=re.M)
 
 
+def new_file(path: bytes) -> Callable[[bytes], bytes]:
+    diff = (
+        b"diff --git a/%b b/%b\nnew file mode 100644\n--- /dev/null\n+++ b/%b\n@@ -0,0 +1 @@\n+x\n"
+    )
+    return lambda content: content.partition(b"diff --git")[0] + diff % (path, path, path)
+
+
 EDITS: dict[str, tuple[Callable[[bytes], bytes], type[ForgeError]]] = {
     "crlf": (lambda c: c.replace(b"\n", b"\r\n"), LineEndingError),
     "crlf-in-one-line": (line(rb"^(\+.*max.*)$", rb"\1\r"), LineEndingError),
@@ -283,7 +290,11 @@ EDITS: dict[str, tuple[Callable[[bytes], bytes], type[ForgeError]]] = {
     "bad-proof": (line(rb"^Proves: .*$", b"Proves: it works"), PatchHeaderError),
     "proof-outside": (line(rb"^Proves: .*$", b"Proves: ../x.py::test_x"), PatchHeaderError),
     "order": (line(rb"^(Skus: .*\n)(Proves: .*\n)", rb"\2\1"), NonCanonicalPatchError),
-    "outside-the-tree": (lambda c: c.replace(b"b/vllm/", b"b/../"), ForgeError),
+    "renamed-outside": (lambda c: c.replace(b"b/vllm/", b"b/../"), ForgeError),
+    **{
+        f"new-{path.decode()}": (new_file(path), CorruptPatchError)
+        for path in (b"../x.py", b"/etc/x", b".git/config", b"vllm/scheduler.py/x")
+    },
 }
 
 
