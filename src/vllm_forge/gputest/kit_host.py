@@ -55,7 +55,7 @@ PART = re.compile(r"part-\d+")
 CHUNK = 1 << 22
 SHM = "16g"
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x20000, 0x8000000, 0x20000000
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, SI_KERNEL = 1, 0x80
 NO_USER = 2**32 - 1  # chown(2) changes nothing for it
 
 
@@ -295,29 +295,28 @@ def unshare(flags: int) -> None:
 def run_in(run: Run) -> int:
     """Run a command in the image, in namespaces of its own; its exit code.
 
-    SIGTERM and SIGINT are passed on; the command ends with this process, however that ends.
+    SIGTERM and SIGINT are passed on, but Ctrl-C, which a terminal sends to the command as well. The
+    command ends with this process, however that ends.
     """
     unshare(CLONE_NEWNS | CLONE_NEWIPC)
     mount_all(run)
     unshare(CLONE_NEWPID)  # last: the next process is the first of the namespace, and ends it
+    awaited = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     first = os.fork()
     if first == 0:
         be_init()
     pid = os.fork()
     if pid == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         become(run)
-    handlers = {
-        number: signal.signal(number, lambda got, _: os.kill(pid, got))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        _, status = os.waitpid(pid, 0)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        os.kill(first, signal.SIGKILL)
-        os.waitpid(first, 0)  # returns when all processes of the namespace have ended
-    code = os.waitstatus_to_exitcode(status)
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        got = signal.sigwaitinfo(awaited)
+        if got.si_signo != signal.SIGCHLD and got.si_code != SI_KERNEL:
+            os.kill(pid, got.si_signo)
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)  # returns when all processes of the namespace have ended
+    code = os.waitstatus_to_exitcode(ended[1])
     return code if code >= 0 else 128 - code  # as a shell says which signal ended it
 
 
@@ -327,8 +326,7 @@ def be_init() -> NoReturn:
     The command cannot be it: the kernel ends that process by no signal that it does not handle.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # others are blocked
     while True:
         signal.pause()
 

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import pty
 import select
 import shutil
 import signal
@@ -344,6 +345,27 @@ def test_command_without_a_handler_is_ended(folder: Path, number: signal.Signals
         assert any(line == "ready\n" for line in process.stdout)
         process.send_signal(number)
     assert process.returncode == 128 + number
+
+
+@ROOT_ONLY
+def test_ctrl_c_reaches_the_command_once(folder: Path) -> None:
+    """A second one would interrupt pytest while it ends its servers and writes its results."""
+    call(folder, "unpack")
+    script = "trap 'echo got' INT; echo ready; read word; read word; exit 3"
+    ours, terminal = pty.openpty()
+    argv = ["setsid", "--ctty", "sh", str(folder / "run.sh"), "exec", "--", "sh", "-c", script]
+    process = subprocess.Popen(argv, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    with os.fdopen(ours, "r+b", buffering=0) as keyboard:
+        output = b""
+        while b"ready" not in output:
+            output += keyboard.read(4096)
+        keyboard.write(b"\x03")
+        while b"got" not in output:
+            output += keyboard.read(4096)
+        keyboard.write(b"\n\n")
+        assert process.wait() == 3
+        assert output.count(b"got") + keyboard.read(4096).count(b"got") == 1
 
 
 @ROOT_ONLY
