@@ -16,7 +16,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from rich.markup import escape
 from uv import find_uv_bin
 
-from vllm_forge.host import console, hash_of, read_plain, write_whole
+from vllm_forge.host import console, hash_of, printable, read_plain, write_whole
 from vllm_forge.matrix import Base, Line
 from vllm_forge.sources import errors
 from vllm_forge.sources.index import CHECK_INDEX, Index, pins
@@ -206,7 +206,10 @@ def wheel_tags(line: Line, base: Base) -> dict[Tag, int]:
 def choose_wheel(
     name: str, version: str, files: list["DistributionPackage"], tags: dict[Tag, int]
 ) -> LockedWheel:
-    """The best file of a release, whose hash and size are known; else DistributionNotFoundError."""
+    """The best file of a release, whose hash and size are known; else DistributionNotFoundError.
+
+    A yanked one is taken, and named with its authors' reason.
+    """
     ranked: dict[int, DistributionPackage] = {}
     for file in files:
         try:
@@ -221,6 +224,9 @@ def choose_wheel(
         remedy = "constrain it in the line's row to a version with one, or use another index"
         raise errors.DistributionNotFoundError(what, remedy=remedy)
     best = ranked[min(ranked)]
+    if best.is_yanked:  # an exact pin takes it, and uv says so only where it is not --quiet
+        text = f"{best.filename}: {best.yanked_reason or 'no reason given'}"
+        console.print(f"[yellow]yanked[/] {escape(printable(text))}")
     sha256, size = pins(best)
     return LockedWheel(name=name, version=version, filename=best.filename, size=size, sha256=sha256)
 

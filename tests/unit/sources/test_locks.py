@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -341,6 +342,14 @@ def test_index_without_hash_or_size(missing: dict[str, None], line: Line, base: 
     files = offer("pkg-1.0-py3-none-any.whl", **missing)
     with pytest.raises(DistributionNotFoundError, match="no sha256 or no size"):
         lock.choose_wheel("pkg", "1.0", files, lock.wheel_tags(line, base))
+
+
+def test_yanked_wheel_is_named(line: Line, base: Base, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = offer("pkg-1.0-py3-none-any.whl")
+    yanked = replace(file, is_yanked=True, yanked_reason="wrong\x1b[31m kernels")
+    lock.choose_wheel("pkg", "1.0", [yanked], lock.wheel_tags(line, base))
+    err = capsys.readouterr().err
+    assert err == "yanked pkg-1.0-py3-none-any.whl: wrong\\x1b[31m kernels\n"
 
 
 # --- making one ----------------------------------------------------------------------------------
