@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vllm_forge.commands.parsers import EVERY_LINE, LINE, Commands, command, group
-from vllm_forge.host import Runner, console, report, write_json
+from vllm_forge.host import Runner, console, exclusive, hash_of, report, write_json
 from vllm_forge.kernels.selection import record as selections
 from vllm_forge.matrix import Line
 from vllm_forge.pages.markdown import terminal_table
@@ -106,8 +106,14 @@ def drift(project: Project, args: argparse.Namespace) -> None:
 
 def install(project: Project, args: argparse.Namespace) -> None:
     """Patch the vLLM of an environment."""
-    name, line = project.line(args.line)
     python = find_python(args.python)
+    environment = hash_of(str(python.parent.parent.resolve()))[:16]
+    with exclusive(f"install-{environment}", wait=True):
+        _install(project, args, python)
+
+
+def _install(project: Project, args: argparse.Namespace, python: Path) -> None:
+    name, line = project.line(args.line)
     target = probe(python)
     if target.site is None and args.revert:
         remedy = "name the interpreter that has it with --python"

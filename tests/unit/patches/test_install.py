@@ -136,6 +136,18 @@ def test_twice_is_an_error(project: Project, installed: Path) -> None:
     assert snapshot(installed) == before
 
 
+def test_two_at_once_are_one_after_the_other(project: Project, installed: Path) -> None:
+    argv = [sys.executable, "-m", "vllm_forge", "install", f"--python={installed}"]
+    both = [
+        subprocess.Popen(argv, env=project.environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 40], said
+    assert any("already" in text for text in said)
+    assert version(installed).startswith("0.1.0+forge.")
+
+
 def test_revert_of_the_published_one_is_an_error(project: Project, installed: Path) -> None:
     before = snapshot(installed)
     project.call("install", f"--python={installed}", "--revert", code=40)
