@@ -7,6 +7,7 @@
 # The work is done by `vllm-forge install` (src/vllm_forge/patches/wheel.py); this script
 # only gives it an environment of its own, so that nothing is added to yours.
 set -euo pipefail
+unset PYTHONHOME PYTHONPATH # of modules on a cluster, for another environment
 
 root=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ ! -f "${root}/matrix.toml" ]; then
@@ -22,7 +23,7 @@ for tool in python3 git; do
 done
 
 # One environment for each checkout, by its path: it runs the code of that checkout (--editable).
-cache="${VLLM_FORGE_CACHE:-${XDG_CACHE_HOME:-${HOME}/.cache}/vllm-forge}/installers"
+cache="${VLLM_FORGE_CACHE:-${XDG_CACHE_HOME:-${HOME:?is not set: set it or VLLM_FORGE_CACHE}/.cache}/vllm-forge}/installers"
 own="${cache}/$(printf '%s' "${root}" | sha256sum | cut -c1-16)"
 stamp="${own}/$(sha256sum "${root}/pyproject.toml" | cut -d' ' -f1)"
 mkdir -p "${cache}"

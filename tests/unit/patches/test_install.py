@@ -227,7 +227,7 @@ case "$*" in
 "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip install --quiet --editable "*)
     echo "$6" >> "$LOG"
-    printf '#!/bin/bash\necho code of %s, root "$VLLM_FORGE_ROOT", "$*"\n' "$6" \
+    printf '#!/bin/bash\necho code of %s, root "$VLLM_FORGE_ROOT", "$*" "$PYTHONPATH"\n' "$6" \
         > "$(dirname "$0")/vllm-forge"
     chmod +x "$(dirname "$0")/vllm-forge" ;;
 *) exit 9 ;;
@@ -293,6 +293,13 @@ class TestScript:
         monkeypatch.setenv("CDPATH", str(checkout))
         monkeypatch.chdir(checkout)
         assert self.run(Path(), tools).startswith(f"code of {checkout},")
+
+    def test_packages_of_another_environment_are_not_imported(
+        self, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As modules of a cluster set PYTHONPATH for all programs."""
+        monkeypatch.setenv("PYTHONPATH", "/opt/others")
+        assert self.run(self.checkout(tmp_path / "checkout"), tools).endswith("install --revert")
 
     def test_outside_a_checkout_is_refused(self, tmp_path: Path) -> None:
         script = tmp_path / "scripts" / SCRIPT
