@@ -407,7 +407,7 @@ def pack_caches(arguments: list[str]) -> int:
 def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str]) -> Run:
     parser = argparse.ArgumentParser("kit.py exec", usage=__doc__, allow_abbrev=False)
     user = str(config.get("User") or "0").partition(":")[0]
-    parser.add_argument("--uid", type=int, default=int(user))
+    parser.add_argument("--uid", type=int, default=user)
     parser.add_argument("--env", action="append", default=[])
     parser.add_argument("--bind", action="append", default=[])
     parser.add_argument("argv", nargs="+")

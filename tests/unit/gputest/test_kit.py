@@ -551,6 +551,16 @@ def test_wrong_options_of_exec_are_named(
     assert words in call(folder, "exec", *arguments, code=code)
 
 
+def test_image_whose_user_is_a_name_needs_a_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        kit_host.exec_run(tmp_path, {"User": "vllm"}, tmp_path, ["--", "sh"])
+    assert "argument --uid: invalid int value: 'vllm'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        kit_host.exec_run(tmp_path, {"User": "vllm"}, tmp_path, ["--uid=-1", "--", "sh"])
+
+
 def test_interrupted_call_is_not_a_success(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "kit-work").mkdir(mode=0o700)
     with (tmp_path / "kit-work" / ".lock").open("w") as lock:
