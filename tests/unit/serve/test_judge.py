@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.layouts import layout
 from vllm_forge.cli import main
+from vllm_forge.errors import UsageError
 from vllm_forge.host import Runner
 from vllm_forge.kernels.errors import SelectionFailedError
 from vllm_forge.kernels.selection.questions import Refusal
@@ -203,6 +204,14 @@ def test_findings_of_an_answer_refuse_the_start() -> None:
     with pytest.raises(PresetLintError, match="is not divided by --tensor-parallel-size=3"):
         judge._require_clean(deployment("-tp", "3"), ANSWER)
     judge._require_clean(deployment(), ANSWER)
+
+
+@pytest.mark.parametrize("name", ["a:b", "\x1b[31m", "a\nb"])
+def test_model_folder_of_an_odd_name_is_refused(name: str, tmp_path: Path) -> None:
+    """An engine cuts a volume at a colon; what a terminal obeys is not printed."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match="without a colon or a control character"):
+        judge.require_model(replace(deployment(), model=tmp_path / name))
 
 
 def test_model_folder_must_hold_the_artifact(
