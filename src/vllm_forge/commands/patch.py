@@ -106,14 +106,16 @@ def drift(project: Project, args: argparse.Namespace) -> None:
 
 def install(project: Project, args: argparse.Namespace) -> None:
     """Patch the vLLM of an environment."""
+    row = project.line(args.line)
     python = find_python(args.python)
     environment = hash_of(str(python.parent.parent.resolve()))[:16]
     with exclusive(f"install-{environment}", wait=True):
-        _install(project, args, python)
+        _install(project, args, python, *row)
 
 
-def _install(project: Project, args: argparse.Namespace, python: Path) -> None:
-    name, line = project.line(args.line)
+def _install(
+    project: Project, args: argparse.Namespace, python: Path, name: str, line: Line
+) -> None:
     target = probe(python)
     if target.site is None and args.revert:
         remedy = "name the interpreter that has it with --python"
