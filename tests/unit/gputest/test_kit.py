@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -561,28 +563,30 @@ def test_image_whose_user_is_a_name_needs_a_number(
         kit_host.exec_run(tmp_path, {"User": "vllm"}, tmp_path, ["--uid=-1", "--", "sh"])
 
 
-def test_interrupted_call_is_not_a_success(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "kit-work").mkdir(mode=0o700)
-    with (tmp_path / "kit-work" / ".lock").open("w") as lock:
+@contextmanager
+def waiting_call(folder: Path, work: Path) -> Iterator[subprocess.Popen[str]]:
+    """A call of `take` that waits, for another one has the lock meanwhile."""
+    work.mkdir(mode=0o700)
+    with (work / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         argv = ["sh", str(folder / "run.sh"), "take"]
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert "waiting for another call" in process.stdout.readline()
+        yield process
+
+
+def test_interrupted_call_is_not_a_success(folder: Path, tmp_path: Path) -> None:
+    with waiting_call(folder, tmp_path / "kit-work") as process:
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-        process.stdout.close()
+        process.communicate(timeout=60)
+    assert process.returncode == 130
 
 
 def test_second_call_waits_for_the_first(folder: Path, tmp_path: Path) -> None:
     """Two tiers are started at once, each on a GPU of its own."""
-    (tmp_path / "kit-work").mkdir(mode=0o700)
-    with (tmp_path / "kit-work" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        argv = ["sh", str(folder / "run.sh"), "take"]
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert "waiting for another call" in process.stdout.readline()
+    with waiting_call(folder, tmp_path / "kit-work") as process:
+        pass
     assert "parts taken" in process.communicate()[0]
     assert process.returncode == 0
 
