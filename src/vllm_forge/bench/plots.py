@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from vllm_forge.bench.results import Summary
 
@@ -162,6 +162,8 @@ def first_tokens(axes: Axes, summaries: Sequence[Summary]) -> None:
             times = [row.ttft for row in summary.arm.of_start(index) if row.ttft is not None]
             axes.plot(times, linewidth=0.8, label=f"{summary.name}, start {index}")
     axes.set(xlabel="answer", ylabel="time to the first token, s", yscale="log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 @chart
@@ -177,19 +179,21 @@ def pareto(axes: Axes, summaries: Sequence[Summary]) -> None:
         levels, users, rates = zip(*sorted(points), strict=True) if points else ((), (), ())
         axes.plot(users, rates, marker="o", label=arm)
         for level, user, rate in zip(levels, users, rates, strict=True):
-            axes.annotate(f"c={level}", (user, rate))
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+            axes.annotate(f"c={level}", (user, rate), (4, 4), textcoords="offset points")
+    axes.set_xlim(0, 1.1 * axes.get_xlim()[1])
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.set(xlabel="tokens/s of a user (1 / median TPOT)", ylabel="tokens/s of a GPU")
 
 
 @chart
 def positions(axes: Axes, summaries: Sequence[Summary]) -> None:
     """Share of drafts whose token at a position is accepted; one line for each result."""
-    for summary in summaries:
+    drafting = [summary for summary in summaries if summary.positions]
+    for summary in drafting:
         places = range(1, len(summary.positions) + 1)
         shares = [100 * share for share in summary.positions]
         workload = summary.arm.result.conditions.workload
         axes.plot(places, shares, marker="o", label=f"{summary.name}, {workload}")
     axes.set(xlabel="position in the draft", ylabel="accepted, % of drafts", ylim=(0, 100))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0.5, max((len(summary.positions) for summary in drafting), default=1) + 0.5)
+    axes.xaxis.set_major_locator(MultipleLocator(1))

@@ -4,6 +4,7 @@ A session that is kept with the project is a folder: its records with their rows
 starts, a report with its charts. The page is made of that report, which has the records' hashes.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from vllm_forge.bench.exchange import check
 from vllm_forge.bench.gate import gate
 from vllm_forge.bench.results import LARGEST_ROWS, Arm, read_arm, summarize
 from vllm_forge.bench.signed import SUFFIX
+from vllm_forge.bench.statistics import ratio
 from vllm_forge.bench.turns import JOURNAL, Journal
 from vllm_forge.bench.validity import differences, intended, require_valid
 from vllm_forge.errors import UsageError
@@ -37,7 +39,7 @@ def report(
             "record": arm.path.name,
             "sha256": file_digest(arm.path),
             "session": arm.result.session,
-            "figures": summary.figures(),
+            "figures": {**summary.figures(), "later half": _later_half(arm)},
             **{key: getattr(arm.result.server, key) for key in ("image", "gpu", "driver")},
             "kernels": next((start.kernels for start in arm.result.starts if start.kernels), None),
             "gpu_state": _gpu_state(arm),
@@ -55,6 +57,21 @@ def report(
     if len({row["concurrency"] for row in comparisons}) > 1:
         charts["speed-up"] = plots.speed_up(comparisons)
     return {"results": results, "comparisons": comparisons}, charts
+
+
+def _later_half(arm: Arm) -> str:
+    """By how much the later half of a start's answers is faster than the first half."""
+    logs = []
+    for index, start in enumerate(arm.result.starts):
+        rows = arm.of_start(index) if start.window else []
+        middle = len(rows) // 2
+        tokens, seconds = (
+            [sum(getattr(row, name) for row in part) for part in (rows[:middle], rows[middle:])]
+            for name in ("output_tokens", "seconds")
+        )
+        if all((*tokens, *seconds)):
+            logs.append(math.log(tokens[1] / seconds[1] / tokens[0] * seconds[0]))
+    return "{:+.1%} [{:+.1%}, {:+.1%}]".format(*ratio(logs)) if len(logs) > 1 else "not run"
 
 
 def _counters(arm: Arm) -> Iterator[dict[str, Any]]:

@@ -197,6 +197,14 @@ def speed(candidate: Sequence[float], reference: Sequence[float], margin: float)
     return Margin(Interval(*(math.expm1(e) for e in test.difference)), passes, fails, pairs)
 
 
+def ratio(logs: Sequence[float]) -> Interval:
+    """Mean ratio minus 1, from the logarithms of two or more ratios."""
+    values = np.asarray(logs, float)
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    test = _student(float(values.mean()), max(error, 1e-12), len(values), 0)
+    return Interval(*map(math.expm1, test.difference))
+
+
 def _sign_flip(values: Any) -> float:
     """One-sided p for a mean above 0, from all patterns of signs."""
     patterns = np.array(list(itertools.product((1, -1), repeat=len(values))))

@@ -73,6 +73,28 @@ def test_answers_alone_have_no_speed(tmp_path: Path) -> None:
     assert main(["bench", "report", str(path), f"--output={tmp_path / 'report'}"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("faster", "expected"),
+    [((1.2, 1.2), "+20.0% [+20.0%, +20.0%]"), ((1.1, 1.3), "+19.6% [-58.6%, +245.6%]")],
+)
+def test_servers_that_warm_up_in_the_window_are_seen(
+    faster: tuple[float, float], expected: str, tmp_path: Path
+) -> None:
+    rows = [
+        row.model_copy(update={"seconds": row.seconds * faster[row.start]} if n % 20 < 10 else {})
+        for n, row in enumerate(rows_of(1, items=20, starts=2))
+    ]
+    path = write_result(tmp_path / "a.json", rows, orders=(0, 3))
+    (result,) = report([read_arm(path)], {})[0]["results"]
+    assert result["figures"]["later half"] == expected
+
+
+def test_one_start_says_nothing_of_warming_up(tmp_path: Path) -> None:
+    path = write_result(tmp_path / "a.json", rows_of(1, items=20))
+    (result,) = report([read_arm(path)], {})[0]["results"]
+    assert result["figures"]["later half"] == "not run"
+
+
 def test_report_has_the_same_bytes_each_time(results: list[str], tmp_path: Path) -> None:
     folders = [tmp_path / "x", tmp_path / "y"]
     for folder in folders:

@@ -203,3 +203,9 @@ def test_speed_has_power_with_little_noise(rng: np.random.Generator) -> None:
 def test_few_starts_decide_nothing_however_equal(pairs: int) -> None:
     found = statistics.speed([100.0] * pairs, [100.0] * pairs, 0.02)
     assert min(found.passes, found.fails) > ALPHA
+
+
+def test_ratio_covers_its_truth(rng: np.random.Generator) -> None:
+    drawn = rng.normal(math.log(1.1), 0.1, size=(RUNS, 5))
+    found = [statistics.ratio(logs) for logs in drawn]
+    assert abs(np.mean([one.low <= 0.1 <= one.high for one in found]) - LEVEL) < NOMINAL

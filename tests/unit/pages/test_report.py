@@ -179,7 +179,7 @@ def test_proof_of_another_series_does_not_count(project: Project) -> None:
 
 def test_chart_is_an_image(project: Project, page: str) -> None:
     assert 'alt="Chart claims.svg"' in page
-    for chart in (project.root / CHARTS).glob("*.svg"):
+    for chart in (project.root / CHARTS).rglob("*.svg"):
         chart.unlink()
     assert "No charts are recorded." in report(project)
     chart = project.root / CHARTS / "latency.svg"
