@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import json
@@ -80,6 +81,7 @@ class IndexServer:
     def __init__(self) -> None:
         self.projects: dict[str, dict[str, Served]] = {}
         self.requests: list[Request] = []
+        self.login = ""  # USER:PASSWORD that every request must have
         self.lock = threading.Lock()
         self._http = _Http(("127.0.0.1", 0), _Handler)
         self._http.index = self
@@ -146,7 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         index = cast("_Http", self.server).index
         kind, _, rest = self.path.strip("/").partition("/")
-        if kind == "simple" and rest in index.projects:
+        login = base64.b64encode(index.login.encode()).decode()
+        if login and self.headers.get("Authorization") != f"Basic {login}":
+            self._log(index, None, 401, 0)
+            self._send(401, b"who are you", {})
+        elif kind == "simple" and rest in index.projects:
             self._page(index, rest)
         elif kind == "files" and (served := index.find(rest)) is not None:
             self._file(index, served)

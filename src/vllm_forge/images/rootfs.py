@@ -41,6 +41,7 @@ from vllm_forge.images.layout import (
 from vllm_forge.matrix import Base
 from vllm_forge.project import Project
 from vllm_forge.sources import debian
+from vllm_forge.sources.lock import replace_lock
 
 PINNED = re.compile(r"\w[\w.:/-]*@sha256:[0-9a-f]{64}")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -207,9 +208,11 @@ def lock_base(project: Project) -> debian.BaseLock:
         runner.run(argv)
         rows = [line.split() for line in installed.read_text().splitlines()]
         packages = debian.parse_index(index.read_text(), {(name, v) for name, v in rows})
-    path = project.root / base.lock
-    debian.write_base_lock(path, base, date, packages)
-    lock = debian.read_base_lock(project.root, base)
+    lock = replace_lock(
+        project.root, base.lock,
+        write=lambda path: debian.write_base_lock(path, base, date, packages),
+        read=lambda place: debian.read_base_lock(place, base),
+    )  # fmt: skip
     assert lock is not None  # noqa: S101 - just written
     return lock
 

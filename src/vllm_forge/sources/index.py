@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
 import requests
 import truststore
@@ -36,6 +37,7 @@ HEADERS_S = 60
 CHUNK = 1 << 16  # a TLS record has a quarter of it; for 1 MiB, each read maps fresh pages
 PAGE_BYTES = 64 << 20  # the largest known page of a project has 3 MB
 PAGE_S = 120
+LOGIN = (401, 403)
 # Both become parts of paths in the cache.
 FILENAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+!~-]*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -57,7 +59,7 @@ def index_url() -> str:
     """The index that this host is set up for: uv's variables, pip's, pip.conf, the public one."""
     for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
         if url := os.environ.get(name):
-            return INDEX_NAME.sub("", url)
+            return _named_url(url)
     # pip.conf has several places and layers; pip itself knows them. No pip, no pip.conf.
     # "config list", because "config get" reads the user's file only.
     argv = (sys.executable, "-m", "pip", "config", "list")
@@ -67,6 +69,22 @@ def index_url() -> str:
     from pypi_simple import PYPI_SIMPLE_ENDPOINT  # noqa: PLC0415 - see Index.files
 
     return PYPI_SIMPLE_ENDPOINT
+
+
+def _named_url(text: str) -> str:
+    """The URL of uv's NAME=URL, with the login of UV_INDEX_NAME_USERNAME and _PASSWORD."""
+    if (match := INDEX_NAME.match(text)) is None:
+        return text
+    url, name = text[match.end() :], re.sub(r"[^A-Z0-9]", "_", match[0][:-1].upper())
+    keys = (f"UV_INDEX_{name}_{key}" for key in ("USERNAME", "PASSWORD"))
+    login = [quote(os.environ.get(key, ""), safe="") for key in keys]
+    return _with_login(url, ":".join(login)) if any(login) else url
+
+
+def _with_login(url: str, login: str) -> str:
+    """A URL with user and password, unless it has its own."""
+    parts = urlsplit(url)
+    return url if "@" in parts.netloc else parts._replace(netloc=f"{login}@{parts.netloc}").geturl()
 
 
 def blocks(answer: requests.Response, deadline: float) -> Iterator[bytes]:
@@ -174,7 +192,15 @@ class Index:
             raise self._unusable(f"does not answer: {type(error).__name__}") from error
         except (ValueError, RecursionError, simple.UnsupportedRepoVersionError) as error:
             raise self._unusable(f"has no page for {project} that can be read: {error}") from error
-        return [file for file in page.packages if FILENAME.fullmatch(file.filename)]
+        files = [file for file in page.packages if FILENAME.fullmatch(file.filename)]
+        # As uv and pip do: a page links to its own host without the login, which is then needed.
+        index = urlsplit(self.url)
+        login, _, host = index.netloc.rpartition("@")
+        for file in files:
+            link = urlsplit(file.url)
+            if login and (link.scheme, link.netloc) == (index.scheme, host):
+                file.url = _with_login(file.url, login)
+        return files
 
     def find(self, project: str, filename: str) -> "DistributionPackage":
         """One file of a project; errors as ``files``."""
@@ -198,6 +224,8 @@ class Index:
                 what = f"the index has no project {project!r}"
                 remedy = "check UV_DEFAULT_INDEX / PIP_INDEX_URL: a mirror may lack it"
                 raise DistributionNotFoundError(what, where=self.url, remedy=remedy)
+            if answer.status_code in LOGIN:
+                raise self._unusable(f"refuses the login: {answer.status_code} {answer.reason}")
             answer.raise_for_status()
             if not answer.url.startswith("https:") and self.url.startswith("https:"):
                 raise self._unusable("redirects to an address without TLS")

@@ -6,10 +6,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
@@ -24,6 +25,7 @@ from vllm_forge.sources.index import CHECK_INDEX, Index, pins
 if TYPE_CHECKING:
     from pypi_simple import DistributionPackage
 
+T = TypeVar("T")
 ENTRY = re.compile(
     r"^(?P<name>[a-z0-9-]+)==(?P<version>\S+) --hash=sha256:(?P<sha256>[0-9a-f]{64})"
     r"  # (?P<filename>[A-Za-z0-9_][A-Za-z0-9_.+!~-]*\.whl) (?P<size>\d+)$"
@@ -139,8 +141,29 @@ def make_lock(root: Path, line_name: str, line: Line, base: Base, index: Index) 
     offered = index.files_of(name for name, _ in resolved)
     tags = wheel_tags(line, base)
     wheels = [choose_wheel(name, version, offered[name], tags) for name, version in resolved]
-    write_whole(root / line.lock, _text(line_name, line, base, wheels))
-    return read_lock(root, line_name, line, base)
+    text = _text(line_name, line, base, wheels)
+    return replace_lock(
+        root, line.lock,
+        write=lambda path: write_whole(path, text),
+        read=lambda place: read_lock(place, line_name, line, base),
+    )  # fmt: skip
+
+
+def replace_lock(
+    root: Path, name: str, *, write: Callable[[Path], None], read: Callable[[Path], T]
+) -> T:
+    """Write the lock ``name`` below ``root``, unless ``read`` of such a root refuses it."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder, name))
+        try:
+            read(Path(folder))
+        except errors.LockFileError as error:
+            what = f"what was resolved makes no lock: {error.what}"
+            row = error.where.replace(f"{folder}/", "")
+            remedy = "change the row in matrix.toml; the lock was left as it was"
+            raise errors.ResolutionError(what, where=row, remedy=remedy) from None
+    write(root / name)
+    return read(root)
 
 
 def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:

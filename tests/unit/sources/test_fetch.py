@@ -552,6 +552,34 @@ def test_index_that_answers_nonsense(server: IndexServer) -> None:
         Index(f"{server.base}/files/").files("big")
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["in the URL", "uv's variables"])
+def test_login_of_the_index_is_that_of_its_files(
+    named: bool, server: IndexServer, house: Wheelhouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page links to the files of its own host by whole URLs, and those have no login."""
+    wheel = locked(NAME, server.add("big", NAME, Served(content=noise(9))))
+    server.login = "user:p@ss/w:rd"
+    monkeypatch.setenv("UV_INDEX_CORP_1_USERNAME", "user")
+    monkeypatch.setenv("UV_INDEX_CORP_1_PASSWORD", "p@ss/w:rd")
+    url = server.url.replace("://", "://user:p%40ss%2Fw%3Ard@")
+    monkeypatch.setenv("UV_DEFAULT_INDEX", f"corp-1={server.url}" if named else url)
+    house.fetch([wheel], Index())
+    assert house.verify(wheel).read_bytes() == noise(9)
+
+
+def test_login_of_the_index_is_not_for_other_hosts(server: IndexServer) -> None:
+    url = server.file_url(NAME).replace("127.0.0.1", "localhost")
+    server.add("big", NAME, Served(content=b"x", url=url))
+    [file] = Index(server.url.replace("://", "://user:secret@")).files("big")
+    assert file.url == url
+
+
+def test_refused_login_is_named(server: IndexServer) -> None:
+    server.login = "user:secret"
+    with pytest.raises(IndexUnreachableError, match="refuses the login: 401"):
+        Index(server.url).files("big")
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [

@@ -414,6 +414,21 @@ def test_failed_lock_leaves_the_old_one(
     assert [item.name for item in path.parent.iterdir()] == [path.name]
 
 
+def test_lock_that_is_refused_leaves_the_old_one(
+    packages: IndexServer, line: Line, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read before it is in place: the next build would meet it."""
+    path = tmp_path / line.lock
+    path.parent.mkdir(parents=True)
+    path.write_text("the old one\n")
+    rows = [*resolved(line), ("zlib-ng", "0.5")]
+    monkeypatch.setattr(lock, "_resolve", lambda *_: rows)
+    with pytest.raises(ResolutionError, match="not sorted or not unique") as refused:
+        make_lock(tmp_path, "0.33", line, base, Index(packages.url))
+    assert refused.value.where == line.lock
+    assert path.read_text() == "the old one\n"
+
+
 FAKE_UV = """\
 #!{python}
 import json, os, pathlib, sys
