@@ -101,24 +101,28 @@ def read_run(path: Path) -> Run:
     return read_data(path, _parse, ResultFileError, what="result of another tool", remedy=remedy)
 
 
-def crosscheck(arm: Arm, path: Path) -> dict[str, Any]:
+def crosscheck(arm: Arm, paths: Sequence[Path]) -> dict[str, Any]:
     """Rows of both figures, their difference and its bound; InvalidResultError: other conditions.
 
-    The other tool's run is one more start: the bound is the prediction interval of one, from the
-    starts of the record.
+    ``paths``: a result for each start, in their order, or a single one, which is one more start:
+    its bound is the prediction interval of one.
     """
-    run = read_run(path)
-    _require_same(arm, run, path)
+    runs = [read_run(path) for path in paths]
+    for run, path in zip(runs, paths, strict=True):
+        _require_same(arm, run, path)
+    _require_each(arm, runs, paths)
     own = _shared([_flat(_figures(arm, index)) for index in range(len(arm.result.starts))])
+    others = _shared([run.figures for run in runs])
     rows = [
-        check(name, math.fsum(own[name]) / len(own[name]), float(other), _bound(own[name]))
-        for name, other in run.figures.items()
+        check(name, _mean(own[name]), _mean(values), _bound(own[name], values))
+        for name, values in others.items()
         if name in own
     ]
+    files = {arm.path.name: file_digest(arm.path)}
     return {
-        "tool": run.tool,
+        "tool": runs[0].tool,
         "image": arm.result.server.image,
-        "files": {one.name: file_digest(one) for one in (arm.path, path)},
+        "files": files | {"/".join(one.parts[-2:]): file_digest(one) for one in paths},
         "rows": rows,
     }
 
@@ -261,9 +265,29 @@ def _require_same(arm: Arm, run: Run, path: Path) -> None:
         raise InvalidResultError(what, where=f"{arm.path}, {path}", remedy=remedy)
 
 
-def _bound(starts: list[float]) -> float | None:
-    """Within which another start would be."""
+def _require_each(arm: Arm, runs: Sequence[Run], paths: Sequence[Path]) -> None:
+    """InvalidResultError for a number of results that is not that of starts, or a copy."""
+    starts, digests = len(arm.result.starts), {file_digest(path) for path in paths}
+    fault = ""
+    if len(paths) not in {1, starts}:
+        fault = f"{len(paths)} results for {starts} starts"
+    elif len(digests) != len(paths) or len({run.tool for run in runs}) > 1:
+        fault = "results of two tools, or one result twice"
+    if fault:
+        remedy = "give a result of one tool for each start, in their order, or a single one"
+        raise InvalidResultError(fault, where=arm.path, remedy=remedy)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _bound(starts: list[float], others: list[float]) -> float | None:
+    """Within which another start would be; of pairs, within which their mean difference is."""
     if len(starts) == 1:
         return None
     reach = float(stats.t.ppf((1 + LEVEL) / 2, len(starts) - 1))
-    return reach * float(np.std(starts, ddof=1)) * math.sqrt(1 + 1 / len(starts))
+    if len(others) == 1:
+        return reach * float(np.std(starts, ddof=1)) * math.sqrt(1 + 1 / len(starts))
+    differences = np.asarray(others) - np.asarray(starts)
+    return reach * float(differences.std(ddof=1)) / math.sqrt(len(starts))

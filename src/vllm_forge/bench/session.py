@@ -48,7 +48,7 @@ class ArmRow(FrozenModel):
 
 
 class Crosscheck(FrozenModel):
-    """Another tool, which measures an arm's last start after us, for `bench crosscheck`."""
+    """Another tool, which measures each start of an arm, too, for `bench crosscheck`."""
 
     arm: Name
     command: Words = Field(min_length=1, description="{output}: folder for its result")

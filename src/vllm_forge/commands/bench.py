@@ -114,7 +114,11 @@ def _register_exchange(bench: Commands) -> None:
     one.add_argument("--start", type=count, default=0, help="of the record, for vllm: 0, 1, ...")
     one = _command(bench, "crosscheck", crosscheck, JSON, RECORD, packaged=True)
     one.add_argument(
-        "other", type=Path, metavar="OTHER", help="JSON of `vllm bench serve` or `guidellm run`"
+        "others",
+        type=Path,
+        nargs="+",
+        metavar="OTHER",
+        help="JSON of `vllm bench serve` or `guidellm run`: of each start in order, or one",
     )
     one.add_argument("--output", type=Path, help="file for the rows")
 
@@ -429,7 +433,7 @@ def crosscheck(_: Project, args: argparse.Namespace) -> None:
     from vllm_forge.bench import exchange, validity
     from vllm_forge.pages.sessions import CHECK_HEAD, check_cells
 
-    record = exchange.crosscheck(validity.read_valid(args.result), args.other)
+    record = exchange.crosscheck(validity.read_valid(args.result), args.others)
     if args.output:
         write_json(args.output, record)
     print_table(args, record, CHECK_HEAD, check_cells(record))

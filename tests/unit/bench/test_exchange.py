@@ -20,12 +20,13 @@ from vllm_forge.bench.errors import (
     InvalidResultError,
     ResultFileError,
 )
-from vllm_forge.bench.exchange import crosscheck, read_run
+from vllm_forge.bench.exchange import crosscheck, read_run, vllm_document
 from vllm_forge.bench.results import Row, read_arm
 from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 # What `vllm bench serve` 0.26.0 wrote of the model that is known exactly, without its lists.
@@ -78,8 +79,61 @@ def write(path: Path, document: object) -> Path:
     return path
 
 
+def crosscheck_one(record: Path, other: Path) -> dict[str, Any]:
+    return crosscheck(read_arm(record), [other])
+
+
+@pytest.fixture
+def pairs(exact: Path, tmp_path: Path) -> Callable[[float], list[Path]]:
+    """A result for each start of ``exact``, that much slower."""
+
+    def write_pairs(slower: float) -> list[Path]:
+        paths = [tmp_path / f"{index:02}" / "v.json" for index in range(2)]
+        for index, path in enumerate(paths):
+            path.parent.mkdir(exist_ok=True)
+            document = vllm_document(read_arm(exact), index)
+            times = {name: document[name] * slower for name in ("duration", "mean_tpot_ms")}
+            rate = document["output_throughput"] / slower
+            write(path, {**document, **times, "output_throughput": rate})
+        return paths
+
+    return write_pairs
+
+
+def agrees(record: Mapping[str, Any]) -> dict[str, bool]:
+    return {row["figure"]: row["agrees"] for row in record["rows"]}
+
+
+def test_results_of_each_start_are_compared_in_pairs(
+    exact: Path, pairs: Callable[[float], list[Path]]
+) -> None:
+    same = crosscheck(read_arm(exact), pairs(1))
+    assert set(agrees(same).values()) == {True}
+    assert {"00/v.json", "01/v.json"} < same["files"].keys()
+    paths = pairs(1.01)
+    found = agrees(crosscheck(read_arm(exact), paths))
+    assert not found["output_throughput"] | found["mean_tpot_ms"]
+    assert found["mean_ttft_ms"]
+    assert agrees(crosscheck_one(exact, paths[0]))["output_throughput"]  # a single one says less
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [(lambda paths, _: [*paths, paths[0]], "3 results for 2 starts"),
+     (lambda paths, _: [paths[0], paths[0]], "one result twice"),
+     (lambda paths, guidellm: [paths[0], guidellm], "results of two tools")],
+)  # fmt: skip
+def test_other_results_than_one_of_each_start_are_refused(
+    others: Callable[[list[Path], Path], list[Path]], message: str, exact: Path,
+    pairs: Callable[[float], list[Path]], tmp_path: Path,
+) -> None:  # fmt: skip
+    paths = others(pairs(1), write(tmp_path / "g.json", GUIDELLM))
+    with pytest.raises(InvalidResultError, match=message):
+        crosscheck(read_arm(exact), paths)
+
+
 def test_acceptance_agrees_to_the_last_digit(exact: Path, tmp_path: Path) -> None:
-    record = crosscheck(read_arm(exact), write(tmp_path / "v.json", VLLM))
+    record = crosscheck_one(exact, write(tmp_path / "v.json", VLLM))
     rows = {row["figure"]: row for row in record["rows"]}
     assert record["tool"] == "vllm bench serve"
     assert rows.keys() == {
@@ -92,7 +146,7 @@ def test_acceptance_agrees_to_the_last_digit(exact: Path, tmp_path: Path) -> Non
     off = {**VLLM, "spec_decode_acceptance_rate": 51.3847}
     rows = {
         row["figure"]: row["agrees"]
-        for row in crosscheck(read_arm(exact), write(tmp_path / "o.json", off))["rows"]
+        for row in crosscheck_one(exact, write(tmp_path / "o.json", off))["rows"]
     }
     assert [name for name, agrees in rows.items() if not agrees] == ["spec_decode_acceptance_rate"]
 
@@ -141,7 +195,7 @@ def test_other_conditions_are_refused(
     document: object, error: type[Exception], message: str, exact: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
-        crosscheck(read_arm(exact), write(tmp_path / "o.json", document))
+        crosscheck_one(exact, write(tmp_path / "o.json", document))
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -177,7 +231,7 @@ def test_figure_that_one_start_lacks_is_not_compared(
     rows = [row.model_copy(update=none if row.start else {}) for row in read_arm(exact).rows]
     edit = condition(concurrency=4, max_tokens=64, ignore_eos=True)
     path = write_result(tmp_path / "part.json", rows, orders=(0, 1), edit=edit)
-    record = crosscheck(read_arm(path), write(tmp_path / "v.json", VLLM))
+    record = crosscheck_one(path, write(tmp_path / "v.json", VLLM))
     assert "spec_decode_acceptance_rate" not in {row["figure"] for row in record["rows"]}
     assert main(["bench", "export", str(path), "--format=pytorch"]) == 0
     names = {row["metric"]["name"] for row in json.loads(capsys.readouterr().out)}

@@ -155,6 +155,23 @@ def test_failing_crosscheck_costs_only_its_result(
     assert "no crosscheck: sh exited with 3\ncalled \\x1b[2J" in capsys.readouterr().err
 
 
+def test_other_tool_and_we_begin_in_turns(
+    planned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, before = planned(starts=2), dict[int, bool]()
+
+    def noted(*args: Any, order: int, **options: Any) -> Any:
+        before[order] = (results / f"{order:02}" / "other.json").exists()
+        return measure.measure(*args, order=order, **options)
+
+    monkeypatch.setattr(turns, "measure", noted)
+    edit(folder, crosscheck={"arm": "b", "command": ["touch", "{output}/other.json"]})
+    results = folder.parent / "output" / "crosscheck"
+    run(folder)
+    assert before == {0: False, 1: False, 2: True, 3: False}
+    assert sorted(path.parent.name for path in results.glob("*/other.json")) == ["01", "02"]
+
+
 def test_run_goes_on_after_the_last_start(planned: Callable[..., Path], monkeypatch: Any) -> None:
     folder, began = planned(starts=1), []
     start = turns.Run.start

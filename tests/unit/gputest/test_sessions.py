@@ -156,7 +156,7 @@ def test_sessions_of_the_checkout_run_to_their_end(
     assert 0 < change["per_position"][1] <= change["per_position"][0] < change["drafts"]
     asked = (tmp_path / "bench").read_text()
     assert f"--base-url=http://127.0.0.1:{port}" in asked
-    assert f"--result-dir={output / 'tiny-mtp'}" in asked
+    assert f"--result-dir={output / 'tiny-tp2' / 'crosscheck' / '00'}" in asked
     assert len(arms["plain-c8"].rows) == len(arms["mtp-c8"].rows) == 64
 
 
