@@ -24,7 +24,7 @@ from vllm_forge.commands.parsers import (
     positive_count,
     print_table,
 )
-from vllm_forge.host import atomic_path, console, suggestion, write_json, write_whole
+from vllm_forge.host import atomic_path, console, show, suggestion, write_json, write_whole
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def claims(project: Project, args: argparse.Namespace) -> None:
         write_pages(project, PAGE)
     print_table(args, record, HEAD, terminal_rows(record))
     if not args.json:
-        print(f"{summary(record)}: {args.card or PAGE}")
+        show(f"{summary(record)}: {args.card or PAGE}")
 
 
 def _draw_published(project: Project) -> None:
@@ -255,7 +255,7 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     measure.add_start(args.output, setup, start, rows)
     tokens = sum(row.output_tokens for row in rows)
     seconds = start.window.seconds if start.window else 0
-    print(f"{args.output}: start {args.order}, {tokens} tokens in {seconds:.1f} s")
+    show(f"{args.output}: start {args.order}, {tokens} tokens in {seconds:.1f} s")
 
 
 def run(project: Project, args: argparse.Namespace) -> None:
@@ -271,7 +271,7 @@ def run(project: Project, args: argparse.Namespace) -> None:
     turns.run_plan(args.output, args.output, retry=args.retry)
     levels = [conditions.concurrency for conditions in plan.conditions]
     for path in turns.result_paths(args.output, plan.turns, levels, quality=bool(plan.quality)):
-        print(path)
+        show(path)
 
 
 def _load(args: argparse.Namespace) -> "Loaded":
@@ -302,7 +302,7 @@ def quality(project: Project, args: argparse.Namespace) -> None:
     rows = quality.measure_quality(
         url, model, loaded, lambda: arm()[1], args.output, order=args.order
     )
-    print(f"{args.output}: start {args.order}: {quality.summary(rows)}")
+    show(f"{args.output}: start {args.order}: {quality.summary(rows)}")
 
 
 def score(_: Project, args: argparse.Namespace) -> None:
@@ -310,7 +310,7 @@ def score(_: Project, args: argparse.Namespace) -> None:
     from vllm_forge.bench.quality import score_answers, summary
 
     rows = score_answers(args.answers, _load(args), args.output)
-    print(f"{args.output}: {args.answers.name}: {summary(rows)}")
+    show(f"{args.output}: {args.answers.name}: {summary(rows)}")
 
 
 def workload(_: Project, args: argparse.Namespace) -> None:
@@ -320,7 +320,7 @@ def workload(_: Project, args: argparse.Namespace) -> None:
     loaded = _load(args)
     write_whole(args.output, lines(loaded))
     ignore = " --ignore-eos" if loaded.row.random else ""
-    print(f"{args.output}: bench serve --max-tokens={loaded.row.max_tokens}{ignore}")
+    show(f"{args.output}: bench serve --max-tokens={loaded.row.max_tokens}{ignore}")
     if loaded.row.random is not None:
         length = loaded.row.random.acceptance_length
         synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": length}
@@ -337,7 +337,7 @@ def import_answers(project: Project, args: argparse.Namespace) -> None:
     _, setup = arms.arm_of(project, HostProbe(), args, digest, arms.asked_by(args))
     start = results.Start(order=0)
     results.write_arm(args.output, setup, [start], rows, check=validity.require_valid)
-    print(f"{args.output}: {len(rows)} answers")
+    show(f"{args.output}: {len(rows)} answers")
 
 
 def gate(project: Project, args: argparse.Namespace) -> None:
@@ -392,7 +392,7 @@ def report_results(project: Project, args: argparse.Namespace) -> None:
         report.write_report(folder, document, charts)
         text = report_text({**document, "charts": list(charts)})
         (folder / report.PAGE).write_text(f"# Results\n\n{text}\n", encoding="utf-8")
-    print(args.output / report.PAGE)
+    show(args.output / report.PAGE)
 
 
 def keep(project: Project, args: argparse.Namespace) -> None:
@@ -402,10 +402,10 @@ def keep(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.pages.sessions import PAGE, SESSIONS
 
     for folder in args.sessions:
-        print(report.keep(folder, project.root / SESSIONS, project.matrix.gate))
+        show(report.keep(folder, project.root / SESSIONS, project.matrix.gate))
     _draw_published(project)
     write_pages(project, PAGE)
-    print(project.root / PAGE)
+    show(project.root / PAGE)
 
 
 def sign(_: Project, args: argparse.Namespace) -> None:
@@ -413,7 +413,7 @@ def sign(_: Project, args: argparse.Namespace) -> None:
     from vllm_forge.bench import signed, validity
     from vllm_forge.signing import load_private
 
-    print(signed.sign_result(validity.read_valid(args.result), load_private(args.key)))
+    show(signed.sign_result(validity.read_valid(args.result), load_private(args.key)))
 
 
 def export(_: Project, args: argparse.Namespace) -> None:

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from rich.markup import escape
+
 from vllm_forge.commands.parsers import JSON, LINE, SKU, Commands, command, option, print_json
 from vllm_forge.errors import UsageError
-from vllm_forge.host import RecordingRunner, Runner, console, gigabytes, which
+from vllm_forge.host import RecordingRunner, Runner, console, gigabytes, show, which
 from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.matrix import ImageCell
 from vllm_forge.project import Project
@@ -104,7 +106,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     console.print(
-        f"[bold green]{'built' if fresh else 'up to date'}[/] {image.path}\n"
+        f"[bold green]{'built' if fresh else 'up to date'}[/] {escape(str(image.path))}\n"
         f"  sha256:{image.digest}  {image.size / 1e6:.0f} MB"
     )
     document = {"image": str(image.path), "digest": f"sha256:{image.digest}", "built": fresh}
@@ -196,8 +198,8 @@ def why_rebuild(project: Project, args: argparse.Namespace) -> None:
         rows = [{"name": name, "parts": parts} for name, parts in changes.items()]
         print_json(args, {"cell": cell.name, "state": state, "changes": rows})
         return
-    print(f"{cell.name}: {state}")
+    show(f"{cell.name}: {state}")
     for name, parts in changes.items():
-        print(f"  {name}")
+        show(f"  {name}")
         for part in parts:
-            print(f"    {part}")
+            show(f"    {part}")

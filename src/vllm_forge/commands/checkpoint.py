@@ -7,7 +7,7 @@ from pathlib import Path
 from vllm_forge.checkpoints.quantize.environment import enter, prepare
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, Commands, command, group, print_json
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Runner
+from vllm_forge.host import Runner, show
 from vllm_forge.patches import read_dispositions
 from vllm_forge.project import Project
 
@@ -128,7 +128,7 @@ def quantize(project: Project, args: argparse.Namespace) -> None:
         data = inputs.calibrate_with(args.data, recipe, args.model)
     job = quantizer.Job(source=source, recipe=recipe, calibration=data, engine=engine)
     quantizer.quantize(job, args.output)
-    print(args.output)
+    show(args.output)
 
 
 def fixtures(project: Project, args: argparse.Namespace) -> None:
@@ -143,16 +143,16 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
             raise UsageError(what, remedy="give an artifact, and a directory that will be made")
         name, folder = args.artifact[0], Path(args.artifact[1])
         (write_recipe if args.recipe else write_full)(recipe_of(project.matrix, name), folder)
-        print(folder)
+        show(folder)
         return
 
     names, spec = args.names or list(FIXTURES), TINY.split_over(args.tensor_parallel)
     if not all(is_whole(fixture_path(project, name, spec)) for name in names):
         enter(project, sys.argv[1:])
     for name in names:
-        print(f"{name}: {fixture(project, name, spec)}")
+        show(f"{name}: {fixture(project, name, spec)}")
 
 
 def tools(project: Project, _: argparse.Namespace) -> None:
     """Install the quantization tools, print their Python."""
-    print(prepare(project))
+    show(prepare(project))

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from vllm_forge.commands.parsers import LINE, Commands, command, group
-from vllm_forge.host import atomic_path, console, report, write_whole
+from vllm_forge.host import atomic_path, console, report, show, write_whole
 from vllm_forge.project import Project
 from vllm_forge.sources import Wheelhouse, make_lock
 
@@ -36,19 +36,21 @@ def lock(project: Project, args: argparse.Namespace) -> None:
 
     if args.tools:
         with report("lock the quantization tools"):
-            console.print(str(make_tool_lock(project)))
+            console.print(str(make_tool_lock(project)), markup=False)
         return
     if args.base:
         with report("lock the Debian packages"):
             debs = lock_base(project)
         size = sum(package.size for package in debs.packages)
-        console.print(f"{debs.path}: {len(debs.packages)} packages, {size / 1e6:.0f} MB")
+        what = f"{debs.path}: {len(debs.packages)} packages, {size / 1e6:.0f} MB"
+        console.print(what, markup=False)
         return
     name, line = project.line(args.line)
     with report(f"lock line {name}"):
         result = make_lock(project.root, name, line, project.matrix.base, project.index)
     size = sum(wheel.size for wheel in result.wheels)
-    console.print(f"{result.path}: {len(result.wheels)} wheels, {size / 1e9:.2f} GB")
+    what = f"{result.path}: {len(result.wheels)} wheels, {size / 1e9:.2f} GB"
+    console.print(what, markup=False)
 
 
 def fetch(project: Project, args: argparse.Namespace) -> None:
@@ -66,7 +68,7 @@ def record(project: Project, args: argparse.Namespace) -> None:
     name, _ = project.line(args.line)
     with report(f"record the layers of line {name}"):
         path = record_layers(project, name)
-    print(path)
+    show(path)
 
 
 def patched(project: Project, args: argparse.Namespace) -> None:
@@ -79,7 +81,7 @@ def patched(project: Project, args: argparse.Namespace) -> None:
         target = (args.output or project.root / "dist" / "wheels") / wheel.path.name
         with atomic_path(target) as aside:
             shutil.copyfile(wheel.path, aside)
-    print(target)
+    show(target)
 
 
 def docs(project: Project, args: argparse.Namespace) -> None:
@@ -90,7 +92,7 @@ def docs(project: Project, args: argparse.Namespace) -> None:
         check_pages(project)
         return
     for path in write_pages(project):
-        print(path)
+        show(path)
 
 
 def report_page(project: Project, args: argparse.Namespace) -> None:
@@ -99,7 +101,7 @@ def report_page(project: Project, args: argparse.Namespace) -> None:
 
     target = args.output or project.root / "dist" / "report.html"
     write_whole(target, render(project))
-    print(target)
+    show(target)
 
 
 def buildkite(project: Project, _: argparse.Namespace) -> None:

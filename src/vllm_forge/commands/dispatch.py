@@ -16,7 +16,7 @@ from vllm_forge.commands.parsers import (
     print_table,
 )
 from vllm_forge.errors import ForgeError, suggestion
-from vllm_forge.host import HostProbe, Runner, console, printable, write_whole
+from vllm_forge.host import HostProbe, Runner, console, printable, show, write_whole
 from vllm_forge.matrix import ImageCell
 from vllm_forge.matrix.errors import UnsupportedCellError
 from vllm_forge.project import Project
@@ -236,4 +236,4 @@ def _show(
     cells = ([row.name, row.verdict, printable(row.why)] for row in rows)
     print_table(args, document, ["job", "verdict", "where, or why"], cells)
     for path in [] if args.json else listed:
-        print(path)
+        show(path)

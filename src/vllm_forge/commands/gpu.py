@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from vllm_forge.commands.bench import require_libraries
 from vllm_forge.commands.parsers import LINE, SKU, Commands, command, group, option, positive
 from vllm_forge.errors import UsageError
-from vllm_forge.host import HostProbe, console
+from vllm_forge.host import HostProbe, console, show
 from vllm_forge.project import Project
 
 RESULTS, REHEARSAL = "gpu-results", "rehearsal"
@@ -81,14 +83,14 @@ def test(project: Project, args: argparse.Namespace) -> None:
     options += [f"--minutes={args.minutes}"] if args.minutes else []
     options += ["-n", args.workers] if args.workers else []
     output = args.output or project.root / "dist" / RESULTS / cell.name
-    console.print(f"[bold]{cell.name}[/], tiers {', '.join(names)}; results: {output}")
+    console.print(f"[bold]{cell.name}[/], tiers {', '.join(names)}; results: {escape(str(output))}")
     run_in_image(
         project, cell, HostProbe(), args.image, output=output, args=options,
         inputs=_input_folders(args.checkpoint, args.workloads), caches=args.caches,
         network=args.network,
     )  # fmt: skip
     for name in names:
-        print(verification.make_receipt(project, output / f"{name}.json", args.key))
+        show(verification.make_receipt(project, output / f"{name}.json", args.key))
 
 
 def rehearse(project: Project, args: argparse.Namespace) -> None:
@@ -124,14 +126,14 @@ def kit(project: Project, args: argparse.Namespace) -> None:
         max_part=math.ceil(args.max_part * 1e6), caches=args.caches,
         inputs=inputs, add=add,
     )  # fmt: skip
-    print(args.output)
+    show(args.output)
 
 
 def prewarm(project: Project, args: argparse.Namespace) -> None:
     """Lock the compiled kernels that a released image carries."""
     from vllm_forge.gputest.launch import lock_prewarm
 
-    print(lock_prewarm(project, project.cell(args.sku, args.line), args.caches))
+    show(lock_prewarm(project, project.cell(args.sku, args.line), args.caches))
 
 
 def receipts(project: Project, args: argparse.Namespace) -> None:
@@ -139,7 +141,7 @@ def receipts(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.receipts.verification import describe, make_receipt, verify_all
 
     for result in args.result:
-        print(make_receipt(project, result, args.key))
+        show(make_receipt(project, result, args.key))
     print(describe(verify_all(project, signed=args.signed)))
 
 

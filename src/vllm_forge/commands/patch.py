@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vllm_forge.commands.parsers import EVERY_LINE, LINE, Commands, command, group
-from vllm_forge.host import Runner, console, exclusive, hash_of, report, write_json
+from vllm_forge.host import Runner, console, exclusive, hash_of, report, show, write_json
 from vllm_forge.kernels.selection import record as selections
 from vllm_forge.matrix import Line
 from vllm_forge.pages.markdown import terminal_table
@@ -70,7 +70,7 @@ def checkout(project: Project, args: argparse.Namespace) -> None:
     """Make a git branch of a line's patches."""
     name, _ = project.line(args.line)
     count = authoring.checkout(project, name, SourceRepo(), args.directory)
-    print(f"{args.directory}: {count} patches on {authoring.BASE}")
+    show(f"{args.directory}: {count} patches on {authoring.BASE}")
     console.print("edit them with git (commit, rebase -i), then run: patch export", style="dim")
 
 
@@ -91,7 +91,7 @@ def upstream(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.proofs.prove import compare_upstream
 
     for name in project.lines(args.line):
-        print(f"line {name}: {compare_upstream(project, name, Runner()).relative_to(project.root)}")
+        show(f"line {name}: {compare_upstream(project, name, Runner()).relative_to(project.root)}")
 
 
 def drift(project: Project, args: argparse.Namespace) -> None:
@@ -128,10 +128,10 @@ def _install(
     installer = Installer(target, repo, applied, line.vllm)
     if args.revert:
         installer.revert()
-        print(f"vLLM {installer.release} as published: {installer.site}")
+        show(f"vLLM {installer.release} as published: {installer.site}")
     else:
         installer.patch()
-        print(f"vLLM {installer.version}: {installer.site}")
+        show(f"vLLM {installer.version}: {installer.site}")
 
 
 def _install_release(lock_path: Path, line: Line, python_version: str, python: Path) -> None:
@@ -166,7 +166,7 @@ def select(project: Project, args: argparse.Namespace) -> None:
         selection = ask_line(project, name, Runner())
         console.print(kernels.selection_table(selection))
         if args.record:
-            print(selections.write_selection(project.records, selection))
+            show(selections.write_selection(project.records, selection))
             registry.write_pages(project, "docs/generated/selection.md")
             continue
         recorded = selections.require_fresh(project, name)

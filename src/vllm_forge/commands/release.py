@@ -19,7 +19,7 @@ from vllm_forge.commands.parsers import (
     print_json,
 )
 from vllm_forge.errors import UsageError
-from vllm_forge.host import RecordingRunner, Runner, console
+from vllm_forge.host import RecordingRunner, Runner, console, show
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def mirror(_: Project, args: argparse.Namespace) -> None:
     """Copy an image with all that is attached to it, to a registry or a folder."""
     from vllm_forge.release.mirror import mirror as copy
 
-    print(copy(_place(args.target), _place(args.to), Runner(), ca=args.ca))
+    show(copy(_place(args.target), _place(args.to), Runner(), ca=args.ca))
 
 
 def sign(project: Project, args: argparse.Namespace) -> None:
@@ -212,7 +212,7 @@ def sign(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.receipts.handover import sign_receipt
     from vllm_forge.signing import load_private
 
-    print(sign_receipt(project, args.receipt, load_private(args.key)))
+    show(sign_receipt(project, args.receipt, load_private(args.key)))
 
 
 def accept(project: Project, args: argparse.Namespace) -> None:
@@ -222,7 +222,7 @@ def accept(project: Project, args: argparse.Namespace) -> None:
 
     receipt = accept_receipt(project, args.receipt, _keyring(project, args.key))
     console.print(describe([receipt]), markup=False)
-    print(receipt.path.relative_to(project.root))
+    show(receipt.path.relative_to(project.root))
 
 
 def _keyring(project: Project, paths: list[Path]) -> "Keyring":
@@ -252,7 +252,8 @@ def _signer(project: Project, args: argparse.Namespace) -> "tuple[PrivateKey | N
         return None, trust
     key = load_private(args.key)
     if trust.keys.find(keyid=key.public.id) is None:
-        console.print(f"{args.key} is not in records/keys: others must name its public half, --key")
+        what = f"{args.key} is not in records/keys: others must name its public half, --key"
+        console.print(what, markup=False)
         trust = replace(trust, keys=Keyring(keys=(key.public, *trust.keys.keys)))
     return key, trust
 

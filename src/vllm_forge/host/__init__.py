@@ -1,7 +1,7 @@
 """The machine we run on: commands, files, locks, disk, the console."""
 
 from vllm_forge.errors import suggestion
-from vllm_forge.host.console import PlainConsole, console, gigabytes, printable, report
+from vllm_forge.host.console import PlainConsole, console, gigabytes, printable, report, show
 from vllm_forge.host.files import (
     READ_ONLY,
     atomic_path,

@@ -11,6 +11,7 @@ from typing import Any
 from rich import progress
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 # Seconds between lines of progress where no bar can be drawn, as in a log of CI.
 PROGRESS_S = 10.0
@@ -22,6 +23,10 @@ class PlainConsole(Console):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"highlight": False, "emoji": False, **settings})
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Text, and cells of tables: as ``printable`` has it."""
+        return super().render_str(printable(text), **settings)
 
     def on_broken_pipe(self) -> None:
         """Let `cli.main` report it; rich would exit with 1, silently."""
@@ -42,6 +47,11 @@ def printable(text: str) -> str:
         mark if mark.isprintable() or mark == "\n" else mark.encode("unicode_escape").decode()
         for mark in text
     )
+
+
+def show(text: object) -> None:
+    """Print a result for people to stdout, see ``printable``."""
+    print(printable(str(text)))
 
 
 def gigabytes(size: int) -> str:

@@ -321,7 +321,8 @@ def _lock(file: IO[str], name: str, *, wait: bool) -> None:
             what = f"{name} is being worked on by process {holder}"
             remedy = "wait until it ends, or end it"
             raise BusyError(what, where=file.name, remedy=remedy) from None
-        console.print(f"  waiting for process {holder}, which works on {name}", style="dim")
+        what = f"  waiting for process {holder}, which works on {name}"
+        console.print(what, style="dim", markup=False)
         fcntl.flock(file, fcntl.LOCK_EX)
 
 

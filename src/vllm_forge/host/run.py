@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_forge.host.console import console
+from vllm_forge.host.console import console, printable
 from vllm_forge.host.errors import (
     CommandFailedError,
     CommandLimitError,
@@ -327,4 +327,4 @@ class RecordingRunner(Runner):
 
     def _line(self, text: str) -> None:
         """One write: steps run in threads, and print() writes its newline on its own."""
-        sys.stdout.write(f"{text}\n")
+        sys.stdout.write(f"{printable(text)}\n")

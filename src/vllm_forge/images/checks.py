@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from vllm_forge.host import console, parse_json, remove
@@ -99,7 +100,8 @@ def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
         )
     for name, verdict in sorted(verdicts.items()):
         mark = "[green]ok[/]" if verdict["passed"] is True else "[red]FAILED[/]"
-        console.print(f"  {mark} {name}: {verdict['detail']} [dim]({verdict['seconds']} s)[/]")
+        detail = escape(f"{verdict['detail']} ({verdict['seconds']} s)")
+        console.print(f"  {mark} {name}: {detail}")
     if failed := [name for name, verdict in verdicts.items() if verdict["passed"] is not True]:
         details = "\n".join(f"  {name}: {verdicts[name]['detail']}" for name in failed)
         what = f"{len(failed)} of {len(verdicts)} checks failed:\n{details}"

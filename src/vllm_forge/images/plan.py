@@ -334,9 +334,7 @@ def with_packages(plan: ImagePlan) -> ImagePlan:
     except (DistributionNotFoundError, IndexUnreachableError) as error:
         if plan.options.base != ROOTFS:
             raise
-        console.print(
-            f"{error}\ngoing on with current packages: the digest differs, and no ", end=""
-        )
-        console.print("receipt of the locked image applies")
+        what = "going on with current packages: the digest differs, and no receipt of the locked "
+        console.print(f"{error}\n{what}image applies", markup=False)
         return replace(plan, base=base_of(plan.project.root, plan.cell.base, CURRENT))
     return plan

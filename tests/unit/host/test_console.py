@@ -7,7 +7,10 @@ import io
 import time
 
 import pytest
+from rich.markup import escape
+from rich.table import Table
 
+from vllm_forge.host import RecordingRunner, show
 from vllm_forge.host.console import PlainConsole, progress_line, transfer_progress
 
 module = importlib.import_module("vllm_forge.host.console")  # the package has a value of that name
@@ -20,6 +23,23 @@ def test_progress_line_has_bytes_speed_and_remaining_time() -> None:
 
 def test_progress_line_without_a_byte_has_no_remaining_time() -> None:
     assert progress_line("x", 0, 10**9, 5.0) == "  x: 0.0 of 1.0 GB, 0.0 MB/s"
+
+
+def test_console_writes_no_control_characters() -> None:
+    out = io.StringIO()
+    table = Table("name")
+    table.add_row("\x1b[31mcell")
+    text = "\x1b]0;title\a[bold]a\rb\udcff[/]\nnext"
+    PlainConsole(file=out).print(text, escape("\x1b[x]"), table)
+    assert r"\x1b]0;title\x07a\rb\udcff" in out.getvalue()
+    assert "\nnext" in out.getvalue() and r"\x1b[x]" in out.getvalue()
+    assert all(mark.isprintable() or mark == "\n" for mark in out.getvalue())
+
+
+def test_results_have_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    show("dist/\x1b[31m\udcff")
+    RecordingRunner().run(["cat", "dist/\x1b[31m\udcff"])
+    assert capsys.readouterr().out == ("dist/\\x1b[31m\\udcff\ncat 'dist/\\x1b[31m\\udcff'\n")
 
 
 def test_log_gets_a_line_now_and_then(

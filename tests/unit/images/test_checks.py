@@ -95,6 +95,7 @@ def test_every_verdict_once_is_accepted() -> None:
         ([verdicts(*IMAGE), verdicts(*USER, IMAGE[0])], f"duplicate verdicts: {IMAGE[0]}"),
         ([verdicts(*IMAGE, passed=1), verdicts(*USER)], "checks failed"),
         ([verdicts(*IMAGE, passed=False), verdicts(*USER)], f"{IMAGE[0]}: "),
+        ([verdicts(*IMAGE, passed=False, detail="[/x]"), verdicts(*USER)], ": [/x]"),
         ([verdicts(*IMAGE), ""], "printed no verdicts"),
         ([verdicts(*IMAGE), "[]"], "printed no verdicts"),
         ([verdicts(*IMAGE), '{"any-user imports": {"passed": true}}'], "printed no verdicts"),
