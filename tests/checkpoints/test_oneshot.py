@@ -14,7 +14,7 @@ from transformers import DeepseekV4Config
 from transformers.core_model_loading import rename_source_key
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
-from vllm_forge.checkpoints.checkpoint import Checkpoint
+from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder
 from vllm_forge.checkpoints.quantize.calibrate import (
     LayerQuantizer,
     load_tensor,
@@ -29,12 +29,13 @@ from vllm_forge.checkpoints.quantize.inputs import (
     read_conversations,
     tokenize,
 )
-from vllm_forge.checkpoints.quantize.quantizer import Job, quantize
+from vllm_forge.checkpoints.quantize.quantizer import Hidden, Job, quantize, token_bytes
+from vllm_forge.checkpoints.tensors import in_memory, read_header, write_shard
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vllm_forge.checkpoints.checkpoint import Checkpoint
+    from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite
 
 SAMPLES = 6
 
@@ -98,3 +99,30 @@ def test_streamed_layers_equal_the_whole_model(bf16: Path, tmp_path: Path) -> No
             assert tensor_bytes(value) == bytes(ours.read()), f"{module}.{leaf}"
             compared += 1
     assert compared == 3 * (5 * 2 + 24 * 4)
+
+
+def test_weights_in_fp32_give_the_same_tensors(bf16: Path, tmp_path: Path) -> None:
+    """Some conversions to BF16 leave FP32; open_model takes both."""
+    source, recipe = open_model(bf16), load_recipe("nvfp4-fp8-mtp")
+    stored = {n: t for n, t in source.tensors.items() if n.startswith("layers.0.")}
+    stored["embed.weight"] = source.tensors["embed.weight"]
+    items = [_widened(tensor) for tensor in stored.values()]
+    write_shard(tmp_path / "wide.safetensors", items)
+    wide = {t.name: t for t in read_header(Folder(tmp_path), "wide.safetensors")}
+    engine, width = LayerQuantizer(source.config, recipe, "cpu"), token_bytes(source.config)
+    made = []
+    for tensors in (stored, wide):
+        states, after = (
+            Hidden(path=tmp_path / name, tokens=((0, 5, 9),), token_bytes=width)
+            for name in ("in", "out")
+        )
+        engine.embed(tensors["embed.weight"], states)
+        layer = {n: t for n, t in tensors.items() if n.startswith("layers.0.")}
+        made.append({t.name: t.data() for t in engine.layer(0, layer, states, after)})
+    assert made[0] == made[1]
+
+
+def _widened(tensor: StoredTensor) -> TensorToWrite:
+    wide = load_tensor(tensor).float() if tensor.dtype == "BF16" else load_tensor(tensor)
+    dtype = "F32" if tensor.dtype == "BF16" else tensor.dtype
+    return in_memory(tensor.name, dtype, tensor.shape, tensor_bytes(wide))

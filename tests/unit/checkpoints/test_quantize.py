@@ -22,7 +22,12 @@ from tests.support.checkpoint_engine import (
 from vllm_forge.checkpoints import tensors
 from vllm_forge.checkpoints.architecture import all_tensors
 from vllm_forge.checkpoints.checkpoint import Checkpoint
-from vllm_forge.checkpoints.errors import QuantizedOutputError, RecipeError, ResumeError
+from vllm_forge.checkpoints.errors import (
+    ModelInputError,
+    QuantizedOutputError,
+    RecipeError,
+    ResumeError,
+)
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
 from vllm_forge.checkpoints.quantize import inputs
 from vllm_forge.checkpoints.quantize import quantizer as module
@@ -300,6 +305,24 @@ class TestResume:
         path = tmp_path / "bf16" / "model-00002-of-00004.safetensors"
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ResumeError, match="model files"):
+            quantize(make_job(tmp_path / "bf16"), tmp_path / "out")
+
+    def test_model_that_changes_during_the_run_is_refused(self, tmp_path: Path) -> None:
+        job = make_job(tmp_path / "bf16")
+        path = tmp_path / "bf16" / "model-00002-of-00004.safetensors"  # of the layer made before
+
+        class Fetches(FakeEngine):
+            def layer(self, index: int, *rest: Any) -> list[TensorToWrite]:
+                if index == 1:
+                    path.write_bytes(path.read_bytes()[:-1] + b"x")
+                return super().layer(index, *rest)
+
+        with pytest.raises(ModelInputError, match="the model changed meanwhile") as caught:
+            quantize(replace(job, engine=Fetches(job.recipe)), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        assert caught.value.where == str(tmp_path / "out.partial")
+        assert "delete that folder" in caught.value.remedy
         with pytest.raises(ResumeError, match="model files"):
             quantize(make_job(tmp_path / "bf16"), tmp_path / "out")
 

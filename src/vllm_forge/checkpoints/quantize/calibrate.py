@@ -41,7 +41,7 @@ from transformers.core_model_loading import rename_source_key
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
-from vllm_forge.checkpoints.architecture import MODEL_TYPE
+from vllm_forge.checkpoints.architecture import MODEL_TYPE, layer_tensors
 from vllm_forge.checkpoints.errors import QuantizedOutputError
 from vllm_forge.checkpoints.inspect import meta_load
 from vllm_forge.checkpoints.quantize.inputs import AUTO, Group, Recipe
@@ -139,7 +139,7 @@ class LayerQuantizer:
         logger.remove()  # llm-compressor's own printing; what matters of it is raised here
         # A copy: it writes into the rope_scaling that it is given. eager: the only attention that
         # deepseek_v4 has in transformers.
-        self.config = DeepseekV4Config(**copy.deepcopy(dict(config)))
+        self.source, self.config = config, DeepseekV4Config(**copy.deepcopy(dict(config)))
         self.config._attn_implementation = "eager"
         self.config.dtype = torch.bfloat16
         self.recipe = recipe
@@ -182,7 +182,7 @@ class LayerQuantizer:
 
     def embed(self, weight: StoredTensor, states: Hidden) -> None:
         """Write the first layer's input: each token's embedding, once per stream."""
-        table = load_tensor(weight)
+        table = load_tensor(weight).bfloat16()
         with states.write() as sink:
             for row in states.tokens:
                 embedded = table[torch.tensor([list(row)])]
@@ -213,9 +213,10 @@ class LayerQuantizer:
     def _fill(self, model: OneLayer, weights: Mapping[str, StoredTensor]) -> dict[str, str]:
         """Load the weights; return upstream module name by transformers' module name."""
         state, names = {}, {}
+        dtypes = {t.name: DTYPES[t.dtype] for t in layer_tensors(self.source, model.index)}
         for name, stored in weights.items():
             renamed = f"model.{rename_source_key(name, self.renamings, [])[0]}"
-            state[renamed] = load_tensor(stored)
+            state[renamed] = load_tensor(stored).to(dtypes[name])  # FP32 is taken for BF16
             names[renamed.removesuffix(".weight")] = name.removesuffix(".weight")
         model.load_state_dict(state, strict=True, assign=True)
         return names

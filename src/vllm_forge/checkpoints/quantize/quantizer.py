@@ -216,7 +216,8 @@ def quantize(job: Job, output: Path) -> bool:
         if not work.folder.exists():
             tokens = sum(len(row) for row in job.calibration.tokens)
             require_disk(output.parent, disk_needed(job.source, job.recipe, parts, tokens))
-        if not work.begin(_plan(job)):
+        plan = _plan(job)
+        if not work.begin(plan):
             return False
         start, made = time.monotonic(), 0
         total = sum(part.size for part in parts if not work.done(part.name))
@@ -226,9 +227,10 @@ def quantize(job: Job, output: Path) -> bool:
             if not work.done(part.name):
                 _make(work, part, job)
                 made += part.size
-                seconds = time.monotonic() - start
-                line = progress_line(f"{part.name}: {kind}", made, total, seconds)
+                line = progress_line(f"{part.name}: {kind}", made, total, time.monotonic() - start)
             console.print(line, style="dim", markup=False)
+        if _plan(job) != plan:
+            raise ModelInputError("the model changed meanwhile", where=work.folder, remedy=AGAIN)
         finish_artifact(work, [part.name for part in parts], job)
         output.parent.mkdir(parents=True, exist_ok=True)
         work.artifact.rename(work.output)
@@ -258,8 +260,7 @@ def plan_parts(source: Checkpoint) -> list[Part]:
     for index in range(config["num_hidden_layers"]):
         groups.append(([t.name for t in layer_tensors(config, index)], index))
     taken = {name for names, _ in groups for name in names}
-    drafts: list[list[str]] = []
-    size = MAX_PASSED
+    drafts, size = list[list[str]](), MAX_PASSED
     for name in (name for name in source.tensors if name not in taken):
         size += (more := source.tensors[name].size)
         if size > MAX_PASSED:
@@ -296,8 +297,7 @@ def forecast(source: Checkpoint, recipe: Recipe) -> str:
     """What a run would do, in words; nothing is written and no tool is needed."""
     parts = plan_parts(source)
     names = [name for part in parts for name in part.tensors]
-    groups = map(recipe.group_of, names)
-    schemes = Counter(group.scheme if group else "as it is" for group in groups)
+    schemes = Counter(g.scheme if g else "as it is" for g in map(recipe.group_of, names))
     counts = ", ".join(f"{count} {scheme}" for scheme, count in schemes.most_common())
     drafts = sum(name.startswith("mtp.") for name in names)
     disk = disk_needed(source, recipe, parts, recipe.samples * recipe.tokens)
