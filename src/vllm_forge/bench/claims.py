@@ -1,7 +1,4 @@
-"""Published figures as rows of records/bench/claims.toml, and the raw results they rest on.
-
-Numbers are as they were printed; rules say what follows from them.
-"""
+"""Published figures as rows of records/bench/claims.toml, and the raw results they rest on."""
 
 import hashlib
 import math
@@ -80,7 +77,9 @@ RULES: Mapping[str, Rule] = {
     "percent": Rule("percent", 2, lambda part, of: 100 * part / of),
     "less-by": Rule("first less than second, %", 2, lambda a, b: 100 * (1 - a / b)),
     "more-by": Rule("second more than first, %", 2, lambda a, b: 100 * (b / a - 1)),
-    "stderr": Rule("standard error of a share", 2, lambda p, n: math.sqrt(p * (1 - p) / (n - 1))),
+    "stderr": Rule(  # of a share that may be printed 1.0 and be computed with as 1.09
+        "standard error of a share", 2, lambda p, n: math.sqrt(max(0, p * (1 - p)) / (n - 1))
+    ),
     "mean": Rule("mean", None, lambda *values: math.fsum(values) / len(values)),
     "sum": Rule("sum", None, lambda *values: math.fsum(values)),
     "length": Rule("1 + sum", None, lambda *rates: 1 + math.fsum(rates)),
@@ -88,9 +87,11 @@ RULES: Mapping[str, Rule] = {
 
 
 def follows(rule: Rule, operands: Sequence[Span]) -> Span:
-    """What a rule, monotone in each of its operands, gives of all that they may have been."""
+    """What a rule gives of all that its operands may have been."""
     many = rule.takes is None  # all of them increase with each of their operands
-    corners = zip(*operands, strict=True) if many else product(*operands)
+    # The others are monotone in each of theirs; a standard error, on either side of a half.
+    ends = [(*one, *([0.5] if one.low < 0.5 < one.high else ())) for one in operands]  # noqa: PLR2004
+    corners = zip(*operands, strict=True) if many else product(*ends)
     values = [rule.compute(*corner) for corner in corners]
     return Span(min(values), max(values))
 

@@ -103,15 +103,15 @@ def _comparison(row: claims.Comparison, file: claims.ClaimsFile, _: object) -> V
         if not share.counts():
             return _impossible(share)
     n = " v ".join(map(_printed_counts, shares))
+    direction = {"equal": 0, "higher": 1, "lower": -1}[row.claims]
+    if direction and not _can_be(direction, *shares):
+        detail = f"by its own total the first is not {row.claims}"
+        return Verdict(Word.CONTRADICTED, "arithmetic", n, detail)
     if max(share.answers for share in shares) > 1:
         detail = "answers of one item are not independent: only scores by item can show it"
         return Verdict(Word.UNDECIDED, "none", n, detail)
     if row.flips is not None and not _possible(row.flips, *shares):
         detail = f"flips {row.flips[0]} v {row.flips[1]} cannot give these totals"
-        return Verdict(Word.CONTRADICTED, "arithmetic", n, detail)
-    direction = {"equal": 0, "higher": 1, "lower": -1}[row.claims]
-    if direction and not _can_be(direction, *shares):
-        detail = f"by its own total the first is not {row.claims}"
         return Verdict(Word.CONTRADICTED, "arithmetic", n, detail)
     interval = statistics.share_difference(*((share.count() or 0, share.of) for share in shares))
     p, method, detail, pairing = _difference(row, *shares)
@@ -132,7 +132,7 @@ def _comparison(row: claims.Comparison, file: claims.ClaimsFile, _: object) -> V
 
 def _can_be(direction: int, first: Share, second: Share) -> bool:
     """Whether a share may be higher (1) or lower (-1) than another one that was printed so."""
-    ends = (first.counts()[::-direction][0] / first.of, second.counts()[::direction][0] / second.of)
+    ends = first.counts()[::-direction][0] / first.all, second.counts()[::direction][0] / second.all
     return direction * (ends[0] - ends[1]) > 0
 
 
@@ -251,8 +251,13 @@ def _otherwise(row: claims.Derived, operands: list[Span], printed: Span) -> str:
 @_judge.register
 def _range(row: claims.Range, *_: object) -> Verdict:
     values = [100 * number(text) if "/" in text else float(text) for text in row.values]
-    inside = Span(_rounded(row.low).low, _rounded(row.high).high)
-    outside = [value for value in values if not inside.meets(Span(value, value))]
+    outside = [
+        value
+        for text, value in zip(row.values, values, strict=True)
+        if not Span(_rounded(row.low).low, _rounded(row.high).high).meets(Span(value, value))
+        # A value of fewer digits than the bounds.
+        and ("." not in text or not Span(row.low, row.high).meets(span(text)))
+    ]
     detail = f"{min(values):.2f} to {max(values):.2f}"
     counts = [tuple(map(int, text.split("/"))) for text in row.values if text.count("/")]
     table = [[right, of - right] for right, of in counts]
@@ -281,9 +286,18 @@ def _series(row: claims.Series, *_: object) -> Verdict:
 
 @_judge.register
 def _order(row: claims.Order, *_: object) -> Verdict:
-    right = number(row.larger) > number(row.smaller)
-    detail = f"{row.larger} is {'larger' if right else 'not larger'} than {row.smaller}"
-    word = Word.CONSISTENT if right else Word.CONTRADICTED
+    """Undecided where digits that were not printed decide."""
+    texts = (row.larger, row.smaller)
+    (a, larger), (b, smaller) = (
+        (number(text), operand(text, whole_is_exact=True)) for text in texts
+    )
+    word, detail = Word.CONTRADICTED, f"{row.larger} is not larger than {row.smaller}"
+    if a > b:
+        word, detail = Word.CONSISTENT, f"{row.larger} is larger than {row.smaller}"
+    elif larger.high > smaller.low and (
+        a == b or len({len(text.partition(".")[2]) for text in texts}) > 1
+    ):
+        word, detail = Word.UNDECIDED, f"{detail} at the digits that were printed"
     return Verdict(word, "arithmetic", "2", detail)
 
 

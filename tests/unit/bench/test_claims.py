@@ -148,6 +148,12 @@ SOUND = [
         Word.UNDECIDED,
     ),
     ({"kind": "bare", "value": "81.60"}, Word.UNDECIDED),
+    (derived("0.0503", "stderr", "0.5", "100"), Word.CONSISTENT),  # at 0.45 and 0.59 it is less
+    (derived("0.0000", "stderr", "1.0000", "164"), Word.CONSISTENT),
+    # A table of fewer digits than the sentence about it.
+    ({"kind": "range", "values": ["11.3", "15.4"], "low": 11.34, "high": 15.35}, Word.CONSISTENT),
+    ({"kind": "order", "larger": "85.1", "smaller": "85.14"}, Word.UNDECIDED),
+    ({"kind": "order", "larger": "85.2", "smaller": "85.2"}, Word.UNDECIDED),
 ]
 UNSOUND = [
     comparison(900, 950, 1000, "equal"),
@@ -161,6 +167,11 @@ UNSOUND = [
     {"kind": "range", "values": ["66.4"], "low": 67, "high": 75},
     {"kind": "range", "values": ["76.0"], "low": 67, "high": 75},
     {"kind": "order", "larger": "2", "smaller": "3"},
+    {"kind": "order", "larger": "85.1", "smaller": "85.2"},  # both rounded, or both cut
+    {"kind": "order", "larger": "85.1", "smaller": "85.25"},
+    {"kind": "order", "larger": "24/30", "smaller": "24/30"},
+    {"kind": "range", "values": ["75.5"], "low": 67.2, "high": 75.4},
+    printed(30, "0.7000", "0.7500", "higher", answers=16),
     {"kind": "scored", "share": {"arm": "a", "of": 30, "right": 24}, "stopped": 22},
     batches("1.20", 10, 100),
     {"kind": "single", "share": {"arm": "a", "of": 30, "value": "0.84"}},  # 25/30, rounded up
