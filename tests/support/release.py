@@ -18,6 +18,7 @@ from tests.support.receipts import FILE, SUITE, TESTS, list_cases, row
 from vllm_forge.images.layout import MANIFEST, read_image
 from vllm_forge.patches import read_series, read_tree_lock
 from vllm_forge.project import Project
+from vllm_forge.proofs.record import CHECKOUT, digest_of_tests
 from vllm_forge.receipts import FOLDER
 from vllm_forge.receipts.receipt import make_statement, write_receipt
 from vllm_forge.receipts.suite import CASES, RUNNER, suite_hash
@@ -75,10 +76,16 @@ def commit(root: Path) -> str:
 def committed_checkout(folder: Path) -> Path:
     """A committed copy of what the gate of this project's own releases reads."""
     root = Path(__file__).parents[2]
-    for name in ("docker", "patches", "records", "tests/gpu", "src/vllm_forge/checkpoints/codecs"):
-        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("matrix.toml", "pyproject.toml", ".gitignore"):
-        shutil.copy(root / name, folder)
+    folders = ("docker", "patches", "records", "tests/gpu")
+    for name in (*folders, "matrix.toml", "pyproject.toml", ".gitignore", *CHECKOUT):
+        if (folder / name).exists():
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (root / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(root / name, folder / name, ignore=ignore)
+        else:
+            shutil.copy(root / name, folder / name)
     git(folder, "init", "-q")
     commit(folder)
     return folder
@@ -123,8 +130,9 @@ def write_records(project: Project) -> None:
     proofs = {
         "trees": {"base": tree.base, "result": tree.result},
         "environment": {"lock_sha256": project.lock("mini").digest},
+        "tests": digest_of_tests(project.root),
         "patches": [
-            {"name": patch.name, "with": {"passed": 1}}
+            {"name": patch.name, "proves": patch.proves, "with": {"passed": 1}}
             for patch in read_series(project.root / line.series)
         ],
     }

@@ -17,8 +17,9 @@ from vllm_forge.host import printable, read_plain
 from vllm_forge.kernels.coverage.families import catalogue
 from vllm_forge.matrix.errors import RecordFileError
 from vllm_forge.pages import kernels, records, status
-from vllm_forge.patches import read_series, read_tree_lock
+from vllm_forge.patches import read_series
 from vllm_forge.project import Project
+from vllm_forge.proofs.record import fresh_record
 from vllm_forge.receipts.receipt import Receipt
 from vllm_forge.receipts.verification import read_receipts
 
@@ -106,17 +107,16 @@ def _evidence(project: Project, receipts: Sequence[Receipt]) -> Table:
 
 
 def _patches(project: Project) -> Iterator[Table]:
-    """Each line's series; a proof counts if it was recorded of the present series and lock."""
+    """Each line's series; a proof counts if it was recorded of the present inputs."""
     for name, line in project.matrix.line.items():
-        record = project.read_json(f"records/proofs/{name}.json")
-        inputs = (record["trees"]["result"], record["environment"]["lock_sha256"])
-        tree = read_tree_lock(project.root / line.series, name).result
-        current = inputs == (tree, project.lock(name).digest)
-        why = {row["name"]: row["without"]["why"] for row in record["patches"] if current}
+        record = fresh_record(project, name) or {}
+        why = {patch: row["without"]["why"] for patch, row in record.items()}
         rows = []
         for patch in read_series(project.root / line.series):
             summary = Cell(patch.summary, href=_link(patch.fields["Bug"]))
-            result = Cell("not proven", "missing", "no record of the present series and lock")
+            result = Cell(
+                "not proven", "missing", "no record of the present series, lock and tests"
+            )
             if patch.name in why:
                 result = Cell("proven", "proven", f"without it: {why[patch.name]}")
             title = Cell(patch.name.removesuffix(".patch"))

@@ -2,7 +2,8 @@
 
 A run has the tests, pytest and cmake, the reference models, and the files of the release that no
 wheel has: the sources of its native code. Red is pytest's exit code 1, and nothing else. Equal
-inputs give equal records.
+inputs give equal records. Without its patch a proof runs alone, so it runs alone with it, too: a
+test that needs what an earlier one left behind is red either way.
 
 vLLM's own tests run as published and as patched: one that passes only as published is a fault. They
 come from the release's source, with its ``conftest.py``; ``UPSTREAM_ROWS`` lists them. They run in
@@ -16,24 +17,22 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import Runner, atomic_path, console, exclusive, read_data, report, write_json
-from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches import Decision, Patch, decisions, read_dispositions, read_series
 from vllm_forge.patches.series import Variant, pairs, require_idempotent, without
 from vllm_forge.project import Project
 from vllm_forge.proofs import errors
-from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line
+from vllm_forge.proofs.environment import PYTHON, open_line
+from vllm_forge.proofs.record import CHECKOUT, ProofJob, TestRun, write_record
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
 
 MOST_WORKERS = 8  # each takes about 2 GB
@@ -45,13 +44,6 @@ SCRIPT = Path("tests/gpu/upstream/run_tests.py")
 REQUIREMENTS = "tests/patches/requirements.txt"
 # Sources of the release's native code, and the GPUs that it is built for.
 NATIVE = ("CMakeLists.txt", "cmake", "csrc", ".buildkite/release-pipeline.yaml")
-# Reference models of the tests; what the tests use of them imports no library of this project.
-MODELS = ("src/vllm_forge/checkpoints/codecs", "tests/gpu/reference")
-# What tests share: named one by one, since others of the folder import this project.
-HELPERS = tuple(
-    f"tests/support/{name}.py" for name in ("__init__", "marlin_host", "marlin_protocol")
-)
-MUTANTS = "tests/gpu/race"  # written for the release's text, which a contract test checks
 GREEN, RED = 0, 1  # pytest.ExitCode.OK and TESTS_FAILED
 CLEAR = {"passed", "failed"}
 WHY_CHARS = 160
@@ -63,38 +55,6 @@ PUBLISHED, PATCHED = "published", "patched"
 # Code that does not load makes any test red, which proves nothing about a patch.
 NOT_LOADED = re.compile(r"^(SyntaxError|IndentationError|ImportError|ModuleNotFoundError)\b")
 CHANGING = re.compile(r"\b0x[0-9a-f]+\b|/(?:tmp|opt|mnt|srv)/\S+")
-
-
-class TestRun(FrozenModel):
-    """A pytest run inside: exit code, outcomes, reasons of what did not pass, first red message."""
-
-    __test__: ClassVar[bool] = False  # not a test, whatever its name
-
-    exit: int
-    tests: dict[str, str]
-    reasons: dict[str, str] = Field(default_factory=dict)
-    why: str
-    tail: str
-
-    def outcomes(self, test_id: str) -> Counter[str]:
-        """Counts of each outcome, over all parameters of one test."""
-        return Counter(
-            outcome
-            for name, outcome in self.tests.items()
-            if name == test_id or name.startswith(f"{test_id}[")
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProofJob:
-    """A line, ready to be proven; ``inputs`` is mounted into every run."""
-
-    line_name: str
-    environment: LineEnvironment
-    inputs: Path
-    pairs: list[dict[str, Any]]
-    variants: tuple[Variant, ...]
-    decided: tuple[tuple[str, Decision], ...]
 
 
 def parse(output: str, where: str) -> TestRun:
@@ -162,6 +122,21 @@ def judge_without(line: str, variant: Variant, run: TestRun) -> ForgeError | Non
     return None
 
 
+def judge_alone(line: str, patch: Patch, run: TestRun) -> ForgeError | None:
+    """The proof on the whole series, alone as without its patch; None if it is green."""
+    outcomes = run.outcomes(patch.proves)
+    if run.exit == RED:
+        what = f"line {line}: run alone, the proof of {patch.name} is red with the whole series"
+        where = f"{patch.path}: Proves: {patch.proves}: {run.why}"
+        remedy = "let it need nothing that other tests leave behind"
+        return errors.ProofRedError(what, where=where, remedy=remedy)
+    if run.exit != GREEN:
+        return not_run(f"line {line}, with {patch.name}", run)
+    if outcomes.keys() != {"passed"}:
+        return _no_proof(line, patch, f"ran only in part when run alone: {dict(outcomes)}")
+    return None
+
+
 def _no_proof(line: str, patch: Patch, fault: str) -> errors.ProofNotRunError:
     what = f"line {line}: the proof of {patch.name} {fault}"
     where = f"{patch.path}: Proves: {patch.proves}"
@@ -191,55 +166,6 @@ def _counts(outcomes: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
 
 
-def write_record(records: Path, job: ProofJob, whole: TestRun, runs: Sequence[TestRun]) -> Path:
-    """Write records/proofs/<line>.json; returns its path."""
-    line, applied = job.environment.plan.cell.line, job.environment.applied
-    counts = Counter(whole.tests.values())
-    data = {
-        "line": job.line_name,
-        "vllm": line.vllm,
-        "environment": {
-            "lock": line.lock,
-            "lock_sha256": job.environment.plan.lock.digest,
-            "python": line.python,
-            "torch": line.torch,
-        },
-        "trees": {"base": applied.base, "result": applied.result},
-        "contract_tests": {"passed": counts["passed"], "of other lines": counts["skipped"]},
-        "patches": [
-            {
-                "name": variant.left_out.name,
-                "bug": variant.left_out.fields["Bug"],
-                "proves": variant.left_out.proves,
-                "with": dict(sorted(whole.outcomes(variant.left_out.proves).items())),
-                "without": {
-                    "tree": variant.tree,
-                    "made as": variant.way,
-                    "exit": run.exit,
-                    **dict(sorted(run.outcomes(variant.left_out.proves).items())),
-                    "why": run.why,
-                },
-            }
-            for variant, run in zip(job.variants, runs, strict=True)
-        ],
-        "not carried": [
-            {
-                "about": about,
-                "status": decision.status,
-                "shown by": decision.proof,
-                **dict(sorted(whole.outcomes(decision.proof).items())),
-            }
-            for about, decision in job.decided
-            if decision.proof is not None
-        ],
-        "order": job.pairs,
-        "applied twice": "same trees; each patch is refused on its own result",
-    }
-    path = records / "proofs" / f"{job.line_name}.json"
-    write_json(path, data)
-    return path
-
-
 def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
     """Prove lines, write ``records/proofs/<line>.json`` of the proven, raise the first problem."""
     with ExitStack() as stack:
@@ -248,14 +174,17 @@ def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
         jobs = [_prepare(project, name, runner, stack) for name in names]
         proofs = _run_all(jobs)
     problems: list[ForgeError] = []
-    for job, whole, runs in proofs:
+    for job, (whole, proof_runs) in zip(jobs, proofs, strict=True):
         name = job.line_name
+        runs = [without_it for without_it, _ in proof_runs]
         show(job, whole, runs)
         red = [*judge_whole(name, [variant.left_out for variant in job.variants], whole)]
         if whole.exit == GREEN:
             red += judge_grounds(name, job.decided, whole)
-        rows = zip(job.variants, runs, strict=True)
-        red += filter(None, (judge_without(name, *row) for row in rows))
+        for variant, (without_it, with_it) in zip(job.variants, proof_runs, strict=True):
+            red += filter(None, [judge_without(name, variant, without_it)])
+            if whole.exit == GREEN:
+                red += filter(None, [judge_alone(name, variant.left_out, with_it)])
         if not red:
             path = write_record(project.records, job, whole, runs).relative_to(project.root)
             print(f"line {name}: proven, {path}")
@@ -292,12 +221,13 @@ def write_inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
     """
     with atomic_path(folder) as aside:
         aside.mkdir()
-        for path in ("tests/__init__.py", "pyproject.toml", *HELPERS):
-            (aside / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(root / path, aside / path)
         skip = shutil.ignore_patterns("__pycache__")
-        for path in ("tests/patches", MUTANTS, "patches", *MODELS):
-            shutil.copytree(root / path, aside / path, ignore=skip)
+        for path in ("patches", "pyproject.toml", *CHECKOUT):
+            (aside / path).parent.mkdir(parents=True, exist_ok=True)
+            if (root / path).is_dir():
+                shutil.copytree(root / path, aside / path, ignore=skip)
+            else:
+                shutil.copyfile(root / path, aside / path)
         repo.unpack(base, NATIVE, aside / "source")
         write_tools(aside, root, REQUIREMENTS)
     return folder
@@ -310,33 +240,50 @@ def write_tools(folder: Path, root: Path, requirements: str) -> None:
     Wheelhouse().unpack(wheels, folder / "tools")
 
 
-def _run_all(jobs: Sequence[ProofJob]) -> list[tuple[ProofJob, TestRun, list[TestRun]]]:
-    """Run all trees of all lines in parallel, the long runs first: whole series, without each."""
+def _run_all(jobs: Sequence[ProofJob]) -> list[tuple[TestRun, list[tuple[TestRun, TestRun]]]]:
+    """Run all trees of all lines in parallel, the long runs first.
+
+    Of each line: all tests on the whole series, and each proof, without its patch and with it.
+    """
     cores = len(os.sched_getaffinity(0))
     workers = min(cores, MOST_WORKERS)
     threads = str(max(1, cores // workers))
     with ThreadPoolExecutor(workers) as pool:
-        wholes = [pool.submit(_run, job, None, threads) for job in jobs]
-        variants = [[pool.submit(_run, job, v, threads) for v in job.variants] for job in jobs]
+
+        def submit(
+            job: ProofJob, name: str, tree: str | None = None, test: str = ALL_TESTS
+        ) -> Future[TestRun]:
+            return pool.submit(
+                _run, job, name, tree or job.environment.applied.result, test, threads
+            )
+
+        wholes = [submit(job, WHOLE) for job in jobs]
+        proofs = [
+            [
+                (
+                    submit(job, f"without {patch.path.stem}", variant.tree, patch.proves),
+                    submit(job, f"with {patch.path.stem}", test=patch.proves),
+                )
+                for variant in job.variants
+                for patch in [variant.left_out]
+            ]
+            for job in jobs
+        ]
         return [
-            (job, whole.result(), [run.result() for run in runs])
-            for job, whole, runs in zip(jobs, wholes, variants, strict=True)
+            (whole.result(), [(one.result(), other.result()) for one, other in runs])
+            for whole, runs in zip(wholes, proofs, strict=True)
         ]
 
 
-def _run(job: ProofJob, variant: Variant | None, threads: str) -> TestRun:
-    """Run the proof of a variant, or all tests on the whole series."""
-    name, tree, test = WHOLE, job.environment.applied.result, ALL_TESTS
-    if variant is not None:
-        name, tree, test = variant.left_out.path.stem, variant.tree, variant.left_out.proves
+def _run(job: ProofJob, name: str, tree: str, test: str, threads: str) -> TestRun:
+    """Run a proof, or all tests, on a tree."""
     start = time.monotonic()
     argv = (PYTHON, f"/mnt/{SCRIPT.name}", "/mnt", job.line_name, threads, test)
-    output = job.environment.run(name, tree, job.inputs, argv)
+    output = job.environment.run(name.replace(" ", "-"), tree, job.inputs, argv)
     run = parse(output, f"line {job.line_name}, {name}")
-    what = name if variant is None else f"without {name}"
     verdict = "green" if run.exit == GREEN else f"exit {run.exit}"
     seconds = time.monotonic() - start
-    console.print(f"  line {job.line_name}, {what}: {verdict} ({seconds:.0f} s)")
+    console.print(f"  line {job.line_name}, {name}: {verdict} ({seconds:.0f} s)")
     return run
 
 

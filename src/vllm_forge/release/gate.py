@@ -27,8 +27,9 @@ from vllm_forge.kernels.selection.record import require_fresh
 from vllm_forge.matrix import FrozenModel, ImageCell
 from vllm_forge.matrix.errors import RecordFileError
 from vllm_forge.matrix.model import Name, ReleasePolicy, Stage
-from vllm_forge.patches import read_series, read_tree_lock
+from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
+from vllm_forge.proofs.record import fresh_record
 from vllm_forge.receipts.receipt import Receipt
 from vllm_forge.receipts.suite import read_suite
 from vllm_forge.receipts.verification import read_receipts
@@ -269,23 +270,11 @@ def _unlocked(gate: Gate) -> Iterator[ForgeError]:
 
 
 def _unproven(gate: Gate) -> Iterator[ForgeError]:
-    """The record of proofs is only written when all are red without and green with their patch."""
-    project, name, line = gate.project, gate.cell.line_name, gate.cell.line
-    path = f"records/proofs/{name}.json"
-    record = project.read_json(
-        path,
-        lambda data: (
-            data["trees"]["result"],
-            data["environment"]["lock_sha256"],
-            [row["name"] for row in data["patches"] if row["with"].get("passed")],
-        ),
-    )
-    tree = read_tree_lock(project.root / line.series, name).result
-    patches = [patch.name for patch in read_series(project.root / line.series)]
-    if record != (tree, project.lock(name).digest, patches):
-        what = f"the patches of line {name} are not proven on the present series and lock"
+    name = gate.cell.line_name
+    if fresh_record(gate.project, name) is None:
+        what = f"the patches of line {name} are not proven on the present series, lock and tests"
         remedy = f"as root: nox -s prove -- --line {name}"
-        yield errors.RequirementError(what, where=path, remedy=remedy)
+        yield errors.RequirementError(what, where=f"records/proofs/{name}.json", remedy=remedy)
 
 
 def _regressed(gate: Gate) -> Iterator[ForgeError]:

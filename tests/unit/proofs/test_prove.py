@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -48,7 +49,15 @@ from vllm_forge.project import Project
 from vllm_forge.proofs import prove as prove_module
 from vllm_forge.proofs.environment import LineEnvironment
 from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
-from vllm_forge.proofs.prove import SCRIPT, TestRun, judge_whole, judge_without, parse, prove
+from vllm_forge.proofs.prove import (
+    ALL_TESTS,
+    SCRIPT,
+    judge_whole,
+    judge_without,
+    parse,
+    prove,
+)
+from vllm_forge.proofs.record import CHECKOUT, TestRun, digest_of_tests, fresh_record
 from vllm_forge.sources import Wheelhouse, read_lock
 
 if TYPE_CHECKING:
@@ -445,10 +454,11 @@ proof = "{HARM}"
 
 
 class FakeEngine:
-    """Answers a run by the content of the file that its tree changes."""
+    """Answers a run by the content of the file that its tree changes; ``alone``: a proof's."""
 
     def __init__(self, answers: Mapping[bytes, TestRun]) -> None:
         self.answers = answers
+        self.alone: TestRun | None = None
         self.runs: list[ContainerRun] = []
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
@@ -456,6 +466,8 @@ class FakeEngine:
         self.runs.append(run)
         path = next(run.lower_dirs[0].rglob("a.py"), None)
         said = self.answers[path.read_bytes() if path else b""]
+        if path and self.alone is not None and run.argv[-1] != ALL_TESTS:
+            said = self.alone
         return json.dumps({"exit": said.exit, "tests": said.tests, "why": said.why, "tail": ""})
 
 
@@ -533,16 +545,39 @@ def test_proven_line_is_recorded_reproducibly(
     )
 
 
-def test_whole_runs_all_tests_and_a_variant_its_proof(
+def test_whole_runs_all_tests_and_a_proof_runs_alone_with_its_patch_and_without(
     one_line: tuple[Project, FakeEngine],
 ) -> None:
     prove_it(one_line, run(0, it="passed"), run(1, it="failed"))
-    runs = sorted(one_line[1].runs, key=lambda item: item.name, reverse=True)
-    assert [item.argv[2:] for item in runs] == [
-        ("/mnt", "9.9", runs[0].argv[4], "tests/patches"),
-        ("/mnt", "9.9", runs[0].argv[4], PROOF),
+    runs = sorted(one_line[1].runs, key=lambda item: item.name)
+    threads = runs[0].argv[4]
+    assert [(item.name, item.argv[2:]) for item in runs] == [
+        ("whole", ("/mnt", "9.9", threads, ALL_TESTS)),
+        ("with-0001-patch", ("/mnt", "9.9", threads, PROOF)),
+        ("without-0001-patch", ("/mnt", "9.9", threads, PROOF)),
     ]
-    assert len({item.work for item in runs}) == 2
+    assert [bool(list(item.lower_dirs[0].rglob("a.py"))) for item in runs] == [True, True, False]
+    assert len({item.work for item in runs}) == 3
+
+
+@pytest.mark.parametrize(
+    ("alone", "kind"),
+    [
+        (run(1, "KeyError: 'left by another test'", it="failed"), ProofRedError),
+        (run(0, it="skipped"), ProofNotRunError),
+        (run(0), ProofNotRunError),
+        (run(2, "interrupted"), ProofNotRunError),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else f"{value.exit} {value.tests}",
+)
+def test_proof_that_needs_other_tests_proves_nothing(
+    one_line: tuple[Project, FakeEngine], alone: TestRun, kind: type[ForgeError]
+) -> None:
+    """Red without its patch only because it runs alone there."""
+    one_line[1].alone = alone
+    with pytest.raises(kind, match="0001-patch"):
+        prove_it(one_line, run(0, it="passed"), run(1, "KeyError: 'x'", it="failed"))
+    assert not one_line[0].records.exists()
 
 
 @pytest.mark.parametrize(
@@ -595,8 +630,9 @@ def test_container_run_gets_sources_models_and_tools(
         if path.is_file()
     }
     assert source == native | pipeline
-    assert (folder / prove_module.MODELS[1] / "marlin_schedule.py").is_file()
+    assert (folder / "tests/gpu/reference/marlin_schedule.py").is_file()
     assert (folder / "tests/patches/conftest.py").is_file()
+    assert digest_of_tests(folder) == digest_of_tests(ROOT)
     assert not list(folder.rglob("__pycache__"))
     assert os.access(folder / "tools/tool/run", os.X_OK)
     assert (folder / "tools/tool/data").stat().st_mode & 0o111 == 0
@@ -649,6 +685,8 @@ def test_committed_proof_matches_series_and_lock(line: str) -> None:
     lock = read_tree_lock(ROOT / row.series, line)
     assert (data["line"], data["vllm"]) == (line, row.vllm)
     assert data["trees"] == {"base": lock.base, "result": lock.result}
+    assert data["tests"] == digest_of_tests(ROOT), "tests/patches or what they use was changed"
+    assert fresh_record(Project(ROOT), line) is not None
     assert data["environment"]["lock_sha256"] == read_lock(ROOT, line, row, MATRIX.base).digest
     assert [(p["name"], p["proves"], p["bug"]) for p in data["patches"]] == [
         (patch.name, patch.proves, patch.fields["Bug"]) for patch in series
@@ -665,6 +703,26 @@ def test_committed_proof_matches_series_and_lock(line: str) -> None:
         assert patch["without"]["failed"] >= 1
         assert set(patch["with"]) == {"passed"}
     assert len(data["order"]) == max(0, len(series) - 1)
+
+
+@pytest.mark.parametrize("name", CHECKOUT)
+def test_record_of_other_tests_is_stale(name: str, tmp_path: Path) -> None:
+    """A change of a test, of a helper or of a decision; compiled code is none."""
+    for path in CHECKOUT:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / path).is_dir() else shutil.copyfile)(
+            ROOT / path, tmp_path / path
+        )
+    before = digest_of_tests(tmp_path)
+    folder = tmp_path / "tests/patches/__pycache__"
+    folder.mkdir(exist_ok=True)
+    (folder / "x.pyc").touch()
+    assert digest_of_tests(tmp_path) == before
+    changed = tmp_path / name
+    if changed.is_dir():
+        changed = next(changed.rglob("*.py"))
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    assert digest_of_tests(tmp_path) != before
 
 
 def test_requirements_of_the_proofs_are_pinned_and_not_in_the_images() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from vllm_forge.proofs.errors import ProofNotRunError, RegressionError, UpstreamRowsError
-from vllm_forge.proofs.prove import UPSTREAM_ROWS, TestRun, judge_upstream, read_upstream
+from vllm_forge.proofs.prove import UPSTREAM_ROWS, judge_upstream, read_upstream
+from vllm_forge.proofs.record import TestRun
 
 A, B = "tests/a/test_a.py", "tests/b/test_b.py"
 

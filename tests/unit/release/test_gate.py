@@ -135,6 +135,18 @@ def change_lock(data: Any) -> None:
     data["environment"]["lock_sha256"] = "0" * 64
 
 
+def change_tests(data: Any) -> None:
+    data["tests"] = "0" * 64
+
+
+def lose_tests(data: Any) -> None:
+    del data["tests"]
+
+
+def change_proof(data: Any) -> None:
+    data["patches"][0]["proves"] += "_of_less"
+
+
 def drop_proof(data: Any) -> None:
     data["patches"].pop()
 
@@ -168,6 +180,9 @@ def lose_kernel(data: Any) -> None:
     [
         ("proofs", change_tree, "patches of line 0.26 are not proven"),
         ("proofs", change_lock, "patches of line 0.26 are not proven"),
+        ("proofs", change_tests, "patches of line 0.26 are not proven"),
+        ("proofs", lose_tests, "patches of line 0.26 are not proven"),
+        ("proofs", change_proof, "patches of line 0.26 are not proven"),
         ("proofs", drop_proof, "patches of line 0.26 are not proven"),
         ("proofs", fail_proof, "patches of line 0.26 are not proven"),
         ("upstream", change_upstream_tree, "own tests were not run on the present series"),
