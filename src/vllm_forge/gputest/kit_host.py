@@ -17,9 +17,10 @@ FORGE_KIT_WORK (default: the user's cache folder), which must belong to the user
 
 What runs is the image: its manifest, configuration and the content of every layer are verified from
 the image digest down, its root is mounted read-only, and its own variables are set. As an engine's
-GPU hook does, the driver of the host is mounted into it. Variables are passed on with which a
-host's operator restricts NCCL, NVSHMEM and symmetric memory to what its links can do, or
-a run to some of its GPUs (HOST_VARIABLES). Several runs may go side by side.
+GPU hook does, the driver of the host is mounted into it; so are its names and its name server.
+Variables are passed on with which a host's operator restricts NCCL, NVSHMEM and symmetric memory to
+what its links can do, or a run to some of its GPUs (HOST_VARIABLES). Several runs may go side by
+side.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,7 +52,7 @@ DRIVER_LIBRARIES = (
 )  # fmt: skip
 # Mount points that the image lacks; an engine makes them as well.
 FOLDERS = ("proc", "sys", "dev", "forge", "output", "cache", "tmp", DRIVER_FOLDER)
-SMI = "usr/bin/nvidia-smi"
+SMI, NAMES = "usr/bin/nvidia-smi", ("etc/hosts", "etc/resolv.conf")
 PART = re.compile(r"part-\d+")
 CHUNK = 1 << 22
 SHM = "16g"
@@ -99,11 +101,8 @@ def file_digest(path: Path) -> str:
 
 def matches(path: Path, part: dict[str, Any]) -> bool:
     """Whether a file has the size and hash of the manifest."""
-    return (
-        path.is_file()
-        and path.stat().st_size == part["size"]
-        and file_digest(path) == part["sha256"]
-    )
+    known = path.is_file() and path.stat().st_size == part["size"]
+    return known and file_digest(path) == part["sha256"]
 
 
 def take(manifest: dict[str, Any], work: Path) -> None:
@@ -121,9 +120,8 @@ def take(manifest: dict[str, Any], work: Path) -> None:
                 aside.replace(target)
             finally:
                 aside.unlink(missing_ok=True)
-    names = [part["name"] for part in manifest["parts"]]
-    missing = [name for name in names if not (kept / name).is_file()]
-    print(f"{len(names) - len(missing)} of {len(names)} parts taken", flush=True)
+    taken = sum((kept / part["name"]).is_file() for part in manifest["parts"])
+    print(f"{taken} of {len(manifest['parts'])} parts taken", flush=True)
 
 
 def place(work: Path, what: str, manifest: dict[str, Any]) -> Path:
@@ -183,7 +181,6 @@ def unpack_image(folder: Path, digest: str, work: Path) -> tuple[Path, dict[str,
     """Unpack an image once, every byte verified from its digest down: its root, and its settings.
 
     The settings are the ``config`` object of its configuration: Env, User, WorkingDir.
-
     Layers travel as gzip, whatever they are in the registry, so what is verified of each is the
     SHA-256 of its tar, which the image's configuration lists (``rootfs.diff_ids``).
     """
@@ -200,8 +197,10 @@ def unpack_image(folder: Path, digest: str, work: Path) -> tuple[Path, dict[str,
                  "whose layers only add files")  # fmt: skip
         for name in FOLDERS:
             (aside / name).mkdir(parents=True, exist_ok=True)
-        (aside / SMI).parent.mkdir(parents=True, exist_ok=True)
-        (aside / SMI).touch()
+        for name in (SMI, *NAMES):
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            if not os.path.lexists(aside / name):
+                (aside / name).touch()
         aside.rename(root)
     return root, config["config"]
 
@@ -259,6 +258,26 @@ def driver_mounts() -> Iterator[tuple[Path, str]]:
         yield Path(program).resolve(), SMI
 
 
+def name_files(work: Path) -> Iterator[tuple[Path, str]]:
+    """What hosts are found by, as engines hand it over: (file, its place in the image).
+
+    A question that no name server answers takes 10 s. vLLM asks for its host's name once for each
+    group of processes, and c10d for the names of addresses that are mapped into IPv6.
+    """
+    own, hosts, resolver = Path("/etc/hosts"), work / "hosts", Path("/etc/resolv.conf")
+    known = own.read_bytes() if own.is_file() else b""
+    lines, name = [b"\n127.0.0.1 localhost\n::ffff:127.0.0.1 localhost\n"], socket.gethostname()
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as one:
+        one.connect(("192.0.2.1", 9))  # sends nothing, and fails without a network
+        address = one.getsockname()[0]
+        lines.append(f"{address} {name}\n::ffff:{address} {name}\n".encode())
+    (aside := work / f"hosts.{os.getpid()}").write_bytes(b"".join([known, *lines]))
+    aside.rename(hosts)
+    yield hosts, NAMES[0]
+    if resolver.is_file():
+        yield resolver.resolve(), NAMES[1]
+
+
 def mount_all(run: Run) -> None:
     """Mount all but /proc, in the mount namespace of this process."""
     root = run.root
@@ -274,7 +293,7 @@ def mount_all(run: Run) -> None:
         for _, target in drivers:
             (root / target).parent.mkdir(parents=True, exist_ok=True)
             (root / target).touch()
-    for source, target in drivers:
+    for source, target in [*drivers, *name_files(root.parent)]:
         mount("--bind", str(source), f"{root}/{target}")
     for target, source in run.binds.items():
         if not (root / target.lstrip("/")).is_dir():
@@ -350,7 +369,7 @@ def become(run: Run) -> NoReturn:
 def variables(config: dict[str, Any], more: dict[str, str]) -> dict[str, str]:
     """Those of the image, of the host's operator, and more; the later wins."""
     host = {name: value for name, value in os.environ.items() if name.startswith(HOST_VARIABLES)}
-    return dict(item.split("=", 1) for item in config.get("Env") or []) | host | more
+    return dict(item.split("=", 1) for item in config.get("Env") or ()) | host | more
 
 
 def volume(work: Path, uid: int) -> Path:
@@ -423,23 +442,8 @@ def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str
     if wrong := [item for item in args.env if "=" not in item]:
         parser.error(f"invalid --env {wrong[0]!r}: expected NAME=VALUE")
     env = dict(item.split("=", 1) for item in args.env)
-    return Run(
-        root=root,
-        argv=args.argv,
-        uid=args.uid,
-        env=variables(config, env),
-        binds=binds,
-        cwd=str(config.get("WorkingDir") or "/"),
-    )
-
-
-def suite_run(
-    root: Path, config: dict[str, Any], suite: dict[str, Any], arguments: list[str],
-    binds: dict[str, Path],
-) -> Run:  # fmt: skip
-    argv = [*suite["argv"], *arguments, *suite["last"]]
-    env, read_only = variables(config, suite["env"]), frozenset({"/forge"})
-    return Run(root, argv, uid=0, env=env, binds=binds, read_only=read_only, cwd="/forge")
+    cwd = str(config.get("WorkingDir") or "/")
+    return Run(root, args.argv, args.uid, variables(config, env), binds, cwd=cwd)
 
 
 def main(arguments: list[str]) -> int:
@@ -479,7 +483,9 @@ def main(arguments: list[str]) -> int:
             output.mkdir(parents=True, exist_ok=True)
             binds = {"/forge": folder / "bundle", "/output": output, "/cache": cache}
             suite = manifest["suite" if arguments[0] == "go" else "bench"]
-            run = suite_run(root, config, suite, arguments[2:], binds)
+            argv = [*suite["argv"], *arguments[2:], *suite["last"]]
+            env, only = variables(config, suite["env"]), frozenset({"/forge"})
+            run = Run(root, argv, uid=0, env=env, binds=binds, read_only=only, cwd="/forge")
         else:
             run = exec_run(root, config, work, arguments[1:])
     return run_in(run)

@@ -11,6 +11,7 @@ import pty
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -264,6 +265,23 @@ def test_commands_run_as_the_images_user(folder: Path, tmp_path: Path) -> None:
     output = call(folder, "exec", *bind, "--", "sh", "-c", "ls /output; echo $GREETING; id -u")
     assert output.endswith("weights\nbye\n7\n")
     assert "exit" not in call(folder, "exec", "--", "sh", "-c", "exit 7", code=7)
+
+
+@ROOT_ONLY
+def test_own_names_are_found_without_a_name_server(folder: Path) -> None:
+    """An image may have those of the host that built it; a question without answer takes 10 s."""
+    call(folder, "unpack")
+    script = "while read address names; do echo $address: $names; done < /etc/hosts"
+    output, name = call(folder, "exec", "--", "sh", "-c", script), socket.gethostname()
+    assert "\n127.0.0.1: localhost\n" in output
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.connect(("192.0.2.1", 9))
+        address = one.getsockname()[0]
+    assert f"\n{address}: {name}\n::ffff:{address}: {name}\n" in output
+    known = Path("/etc/resolv.conf").read_text().split()[-1]
+    assert known in call(
+        folder, "exec", "--", "sh", "-c", "while read x; do echo $x; done < /etc/resolv.conf"
+    )
 
 
 @ROOT_ONLY
