@@ -4,19 +4,28 @@ A truncated answer is wrong by both: a number in its middle is not an answer.
 """
 
 import re
-import string
+import textwrap
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_forge.bench.sandbox import judge
-from vllm_forge.bench.workloads import Item, Workload
+from vllm_forge.bench.workloads import Item, Workload, exact_number, expected_number
 
 THOUGHT = "</think>"  # what follows it is the answer, where the server parses no reasoning
-OPEN = re.compile(r"^ {0,3}```([^\n`]*)\n", re.MULTILINE)
-CLOSE = re.compile(r"^ {0,3}```[ \t]*$", re.MULTILINE)
+OPEN = re.compile(r"^([ \t]*)(`{3,})([^\n`]*)\n", re.MULTILINE)
 MOST_REASON = 200  # characters
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(
+    r"(?:(?<![\w)])-)?"  # no difference or range
+    r"(?:\d{1,3}(?:,\d{2,3}){0,6},\d{3}(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+)(?:/\d+)?"
+)
+# Other writings of a minus, of separators of thousands, and of fractions.
+WRITINGS = {
+    "\u2212": "-", r"(?<=\d)(?:\{,\}|\\[,!]|[\u2009\u202f\xa0])(?=\d{3})": ",",
+    r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}": r"\1/\2",
+}  # fmt: skip
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+AROUND, AFTER = "\"'`*_()[]{}\u201c\u201d\u2018\u2019\xab\xbb", ".,;:!?\u2026"
 PYTHON = {"python", "py", "python3"}
 
 
@@ -66,8 +75,13 @@ def _code(_: Workload, item: Item, text: str) -> Score:
 def _blocks(text: str) -> tuple[list[tuple[str, str]], str]:
     """Closed blocks, each its language and content; and the text beside them."""
     blocks, beside, at = [], [], 0
-    while (begin := OPEN.search(text, at)) and (end := CLOSE.search(text, begin.end())):
-        blocks.append((begin[1].strip().lower(), text[begin.end() : end.start()]))
+    while begin := OPEN.search(text, at):
+        indent, fence, language = begin.groups()
+        close = re.compile(rf"^(?:{indent}| {{0,3}}){fence}`*[ \t\r]*$", re.MULTILINE)
+        if (end := close.search(text, begin.end())) is None:
+            break
+        content = text[begin.end() : end.start()]
+        blocks.append((language.strip().lower(), textwrap.dedent(content) if indent else content))
         beside.append(text[at : begin.start()])
         at = end.end()
     return blocks, "".join([*beside, text[at:]])
@@ -75,35 +89,33 @@ def _blocks(text: str) -> tuple[list[tuple[str, str]], str]:
 
 def _number(row: Workload, item: Item, text: str) -> Score:
     """Strict: the last match of the form. Flexible: the last boxed number, or the last number."""
-    form = re.compile(row.form)
-    references = form.findall(item.answer) or [item.answer]
-    expected = _value(references[-1])
-    strict = [_value(match) for match in form.findall(text)]
-    boxed = [number for content in BOXED.findall(text) for number in NUMBER.findall(content)]
-    numbers = strict[-1:] or [_value(number) for number in (boxed or NUMBER.findall(text))[-1:]]
-    problem = "" if strict else "the number is not in the form asked for"
-    return _verdict(numbers == [expected], problem, f"{numbers[0] if numbers else 'no number'}")
-
-
-def _value(number: str) -> str:
-    """A number without separators, leading zeros and an empty fraction."""
-    whole, _, fraction = number.replace(",", "").strip().partition(".")
-    sign = "-" if whole.startswith("-") else ""
-    fraction = fraction.rstrip("0")
-    return f"{sign}{whole.lstrip('-').lstrip('0') or '0'}{'.' if fraction else ''}{fraction}"
+    found = re.findall(row.form, text)[-1:]
+    problem = "" if found else "the number is not in the form asked for"
+    if not found:
+        for pattern, usual in WRITINGS.items():
+            text = re.sub(pattern, usual, text)
+        boxed = [number for content in BOXED.findall(text) for number in NUMBER.findall(content)]
+        found = (boxed or NUMBER.findall(text))[-1:]
+    values = [exact_number(number) for number in found]
+    right = values == [expected_number(row, item.answer)]
+    return _verdict(right, problem, found[0] if found else "no number")
 
 
 def _exact(_: Workload, item: Item, text: str) -> Score:
     """Strict: the text. Flexible: its words, whatever the case, spaces and punctuation around."""
-    right = _words(text) == _words(item.answer)
-    return _verdict(
-        right, "" if text.strip() == item.answer.strip() else "other characters", "other text"
-    )
+    same, words = text.strip() == item.answer.strip(), _words(item.answer)
+    right = same or (bool(words) and _words(text) == words)
+    return _verdict(right, "" if same else "other characters", "other text")
 
 
 def _words(text: str) -> list[str]:
-    stripped = (word.strip(string.punctuation) for word in text.casefold().split())
-    return [word for word in stripped if word]
+    """Without punctuation; signs and operators are none."""
+    words = unicodedata.normalize("NFC", text).casefold().split()
+    return [word for word in (_bare(word) for word in words) if word]
+
+
+def _bare(word: str) -> str:
+    return word.rstrip(AROUND + AFTER).lstrip(AROUND)
 
 
 SCORERS: dict[str, Callable[[Workload, Item, str], Score]] = {

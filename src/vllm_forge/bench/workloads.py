@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,6 +24,7 @@ from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Name, Text
 
 ROWS = Path(__file__).with_name("workloads.toml")
+NUMBER = re.compile(r"\s*[-+]?[\d,.]+(/\d+)?\s*")
 MOST_DRAFTED = 8  # tokens; for which synthetic acceptance is predicted
 
 
@@ -157,7 +159,7 @@ def load(name: str, brought: Source | None = None, path: Path = ROWS) -> Loaded:
         if (digest := hashlib.sha256(content).hexdigest()) != source.sha256:
             raise ValueError(f"the data's SHA-256 is {digest}, expected {source.sha256}")
         data = unpacked(content) if source.path.suffix == ".gz" else content
-        rows = enumerate(parse_lines(data, lambda row: _item(keys, row)), 1)
+        rows = enumerate(parse_lines(data, lambda line: _item(row, line)), 1)
         items = tuple(item if item.name else replace(item, name=f"{n}") for n, item in rows)
         if len({item.name for item in items}) < len(items):
             raise ValueError("two items have one name")
@@ -225,12 +227,31 @@ def _source(name: str, row: Workload, source: Source | None) -> Source:
     return Source(path, row.sha256, package.license)
 
 
-def _item(keys: Keys, row: dict[str, Any]) -> Item:
-    parts = {part: row[key] for part, key in keys.model_dump().items() if key}
+def exact_number(text: str) -> Fraction | None:
+    """None if it is not a number, or has thousands of digits."""
+    try:
+        return Fraction(text.replace(",", "")) if NUMBER.fullmatch(text) else None
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def expected_number(row: Workload, answer: str) -> Fraction:
+    """Of an item's answer, which may be in the form; ValueError."""
+    text = (re.findall(row.form, answer) or [answer])[-1]
+    if (value := exact_number(text)) is None:
+        raise ValueError(f"the answer is not a number: {printable(text[:40])}")
+    return value
+
+
+def _item(row: Workload, line: dict[str, Any]) -> Item:
+    keys = row.keys or Keys(prompt="")
+    parts = {part: line[key] for part, key in keys.model_dump().items() if key}
     name = printable(str(parts.pop("item", "")))
     parts = {part: str(value) if isinstance(value, int) else value for part, value in parts.items()}
     if "\n" in name:
         raise ValueError("item is not one line")
     if wrong := [part for part, value in parts.items() if not isinstance(value, str)]:
         raise ValueError(f"{wrong[0]} is not a text")
+    if row.scorer == "number":
+        expected_number(row, parts["answer"])
     return Item(name, **parts)

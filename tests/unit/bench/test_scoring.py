@@ -35,6 +35,22 @@ NUMBERS = [
     ("own", Item("1", "", answer="Paris"), "Paris", BOTH),
     ("own", Item("1", "", answer="Paris"), " **paris.**\n", FORM),
     ("own", Item("1", "", answer="Paris"), "Paris it is", NEITHER),
+    # Signs and operators are no punctuation.
+    ("own", Item("1", "", answer="-5"), "5", NEITHER),
+    ("own", Item("1", "", answer="x > 3"), "x < 3", NEITHER),
+    ("own", Item("1", "", answer="C++"), "C", NEITHER),
+    ("own", Item("1", "", answer="!"), "?", NEITHER),
+    ("own", Item("1", "", answer="caf\u00e9"), "\u201cCafe\u0301\u201d.", FORM),
+    # A fraction is one number; separators, signs and ranges.
+    ("aime", Item("1", "", answer="2"), r"\boxed{\frac{3}{2}}", NEITHER),
+    ("aime", AIME, r"\boxed{\dfrac{408}{2}}", FORM),
+    ("aime", Item("1", "", answer="1000"), r"\boxed{1{,}000}", FORM),
+    ("aime", Item("1", "", answer="35"), r"\boxed{(3,5)}", NEITHER),
+    ("aime", Item("1", "", answer="5"), "in 3-5", FORM),
+    ("aime", Item("1", "", answer="-5"), "it is \u22125.", FORM),
+    ("gsm8k", Item("1", "", answer="#### 5"), "The answer is .5", NEITHER),
+    ("gsm8k", Item("1", "", answer="#### 100,000"), "It is 1,00,000.", FORM),
+    ("gsm8k", GSM8K, "9" * 5000, NEITHER),
 ]
 
 
@@ -68,6 +84,9 @@ CODE = [
     ("```python\ndef add(a, b):\n    return a - b\n```", NEITHER, "AssertionError"),
     ("```python\nimport os; os._exit(0)\ndef add(a, b): ...\n```", NEITHER, "ended early"),
     ("I cannot.", NEITHER, "SyntaxError"),
+    (f"```python\n{GOOD}```\n".replace("\n", "\r\n"), BOTH, ""),
+    (f"````python\n{GOOD}````", BOTH, ""),
+    ("1. So:\n\n   ```python\n   def add(a, b):\n       return a + b\n   ```", FORM, "text beside"),
 ]
 
 

@@ -126,6 +126,14 @@ def test_invalid_data_is_refused(text: str, message: str, tmp_path: Path) -> Non
         load("own", data(tmp_path / "own.jsonl", text))
 
 
+@pytest.mark.parametrize("answer", [r"\\\\frac{3}{4}", "18 dollars", "", "1e999999999", "1/0"])
+def test_answer_that_is_not_a_number_is_refused(answer: str, tmp_path: Path) -> None:
+    """All answers to it would be wrong, of both arms alike."""
+    row = f'{{"id": 7, "problem": "x", "answer": "{answer}"}}\n'
+    with pytest.raises(WorkloadFileError, match="line 1: the answer is not a number"):
+        load("aime", data(tmp_path / "a.jsonl", row))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
