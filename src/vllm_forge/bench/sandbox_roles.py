@@ -5,6 +5,7 @@ results, as JSON. The checker decodes results to plain built-in values, so it co
 ``==``. Run by Python as text (``-c``), without a library.
 """
 
+import builtins
 import json
 import os
 import sys
@@ -22,7 +23,11 @@ class EndedError(BaseException):
 
 
 class RaisedError(Exception):
-    """The candidate's function raised."""
+    """The candidate's function raised another error than a built-in one."""
+
+
+class UnsupportedError(BaseException):
+    """The test calls the function with what JSON cannot carry."""
 
 
 def encode(value: Any) -> Any:
@@ -38,7 +43,7 @@ def encode(value: Any) -> Any:
         return {"bytes": value.hex()}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
-    raise TypeError(f"the result is a {type(value).__name__}")
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def decode(value: Any) -> Any:
@@ -73,7 +78,8 @@ def candidate(task: dict[str, str], calls: TextIO, replies: TextIO) -> None:
     send(replies, {})
     for line in calls:
         try:
-            reply = {"value": encode(function(*decode(json.loads(line))))}
+            arguments, named = decode(json.loads(line))
+            reply = {"value": encode(function(*arguments, **named))}
         except Exception as error:  # noqa: BLE001
             reply = {"error": type(error).__name__}
         send(replies, reply)
@@ -89,16 +95,21 @@ def checker(task: dict[str, str], calls: TextIO, replies: TextIO) -> dict[str, A
             raise EndedError("it ended early, or its result was too large")
         reply = json.loads(line)
         if "error" in reply:
+            kind = getattr(builtins, reply["error"], None)
+            if isinstance(kind, type) and issubclass(kind, Exception):
+                raise kind.__new__(kind)  # which the test may expect
             raise RaisedError(reply["error"])
         return decode(reply["value"]) if "value" in reply else None
 
-    def function(*arguments: Any) -> Any:
+    def function(*arguments: Any, **named: Any) -> Any:
         nonlocal called
         called += 1
         try:
-            send(calls, encode(arguments))
+            send(calls, encode((arguments, named)))
         except BrokenPipeError:
             raise EndedError("it ended early") from None
+        except TypeError as error:
+            raise UnsupportedError(f"its test calls the function with {error}") from None
         return receive()
 
     names: dict[str, Any] = {"__name__": "checker"}
@@ -113,6 +124,8 @@ def checker(task: dict[str, str], calls: TextIO, replies: TextIO) -> dict[str, A
     try:
         receive()
         check(function)
+    except UnsupportedError as error:
+        return {"fault": str(error)}
     except (Exception, EndedError) as error:  # noqa: BLE001
         why = str(error) if isinstance(error, RaisedError | EndedError) else type(error).__name__
         return {"right": False, "why": why}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
 from tests.support.isolation import require_isolation
+from vllm_forge.bench.errors import WorkloadFileError
 from vllm_forge.bench.scoring import Score, score
 from vllm_forge.bench.workloads import Item, load, read_workloads
 
@@ -96,6 +98,28 @@ def test_code_is_scored(text: str, expected: tuple[bool, bool], fault: str) -> N
     found = score(ROWS["chat-code"], ADD, "stop", text)
     assert (found.strict, found.flexible) == expected, found
     assert fault in found.fault
+
+
+RAISE = "def add(a, b):\n    raise KeyError(a)\n"
+CHECKS = [
+    ("assert f(1, b=2) == f(b=2, a=1) == 3", GOOD, ""),
+    ("try:\n        f(1, 2)\n    except LookupError:\n        return\n    assert False", RAISE, ""),
+    ("try:\n        f(1, 2)\n    except ValueError:\n        return", RAISE, "answer: KeyError"),
+]
+
+
+@pytest.mark.parametrize(("test", "program", "fault"), CHECKS)
+def test_test_calls_by_name_and_expects_errors(test: str, program: str, fault: str) -> None:
+    require_isolation()
+    item = replace(ADD, test=f"def check(f):\n    {test}")
+    assert score(ROWS["chat-code"], item, "stop", f"```python\n{program}```").fault == fault
+
+
+def test_argument_that_is_not_a_plain_value_is_a_fault_of_the_test() -> None:
+    require_isolation()
+    item = replace(ADD, test="def check(f):\n    assert f(len, 2) == 3")
+    with pytest.raises(WorkloadFileError, match="calls the function with a builtin_function"):
+        score(ROWS["chat-code"], item, "stop", GOOD)
 
 
 @pytest.mark.parametrize("number", [1, 33, 38, 53])
