@@ -25,6 +25,7 @@ from vllm_forge.patches.series import (
     series_text,
     trees_of_moved,
 )
+from vllm_forge.patches.wheel import changed_files
 from vllm_forge.project import Project
 from vllm_forge.sources import SourceRepo
 
@@ -118,6 +119,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
     _require_clean(work, source)
     with _plain(work) as repo:
         patches, applied = _patches(repo, source, lock.base)
+        changed_files(repo, applied)
     names = [patch.name for patch in patches]
     before = _digest(series)
     with atomic_path(series) as aside:

@@ -20,6 +20,7 @@ from vllm_forge.host import cache_root, exclusive, read_data, write_whole
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches import apply, errors
 from vllm_forge.patches.apply import Applied, Patch
+from vllm_forge.patches.wheel import changed_files
 from vllm_forge.project import Project
 from vllm_forge.sources import Download, Index, SourceRepo, download_all, verified
 from vllm_forge.sources.errors import LockFileError
@@ -104,7 +105,10 @@ def fetch_base(lock: TreeLock, version: str, repo: SourceRepo) -> str:
 
 
 def check_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
-    """Apply a line's series and compare with its lock: WrongBaseError or TreeMismatchError."""
+    """Apply a line's series and compare with its lock: WrongBaseError or TreeMismatchError.
+
+    WheelSourceError if it changes what no wheel has, or more than the content of a file.
+    """
     line = project.matrix.line[line_name]
     folder = project.root / line.series
     patches = read_series(folder)
@@ -116,11 +120,12 @@ def check_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
         what = f"the series gives tree {applied.result}, the lock says {lock.result}"
         remedy = f"if the change is meant, run: {COMMAND} {line_name}"
         raise errors.TreeMismatchError(what, where=folder / "lock.toml", remedy=remedy)
+    changed_files(repo, applied)
     return applied
 
 
 def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
-    """Apply a line's series and write its lock."""
+    """Apply a line's series and write its lock; WheelSourceError as ``check_line``."""
     line, index = project.matrix.line[line_name], project.index
     folder = project.root / line.series
     patches = read_series(folder)
@@ -129,6 +134,7 @@ def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     draft = TreeLock(sdist=sdist, size=size, sha256=sha256, base="", result="")
     base = repo.import_archive(line.vllm, fetch_archive(draft, index))
     applied = apply.apply_series(repo, base, patches)
+    changed_files(repo, applied)
     lock = draft.model_copy(update={"base": applied.base, "result": applied.result})
     write_whole(folder / "lock.toml", lock_text(lock, line_name))
     return applied

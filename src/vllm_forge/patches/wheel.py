@@ -107,7 +107,9 @@ def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]
         old_mode, new_mode, before, after, status = meta.removeprefix(":").split()
         module = path.startswith("vllm/") and path.endswith(".py") and path != GENERATED
         if status != "M" or old_mode != new_mode or not module:
-            what = f"the series does more than change Python files of the package: {status} {path}"
+            mode = f" (mode {old_mode}, then {new_mode})" if status in "MT" else ""
+            what = "the series does more than change Python files of the package: "
+            what += f"{status} {path}{mode}"
             remedy = "a file outside the wheel needs a build from source, which this line has not; "
             remedy += "keep such a change as a disposition"
             raise errors.WheelSourceError(what, where=path, remedy=remedy)

@@ -21,6 +21,7 @@ from vllm_forge.patches.errors import (
     LineEndingError,
     NonCanonicalPatchError,
     PatchHeaderError,
+    WheelSourceError,
     WrongBaseError,
     WrongContextError,
 )
@@ -325,6 +326,22 @@ def text_and_binary(work: Work) -> None:
     binary(work)
 
 
+def outside(work: Work) -> None:
+    work.write("setup.py", b"x = 1\n")
+    work.commit("Setup\n" + TRAILERS)
+
+
+def renamed(work: Work) -> None:
+    work.git("mv", "vllm/cache.py", "vllm/cash.py")
+    work.commit("Rename\n" + TRAILERS)
+
+
+def executable(work: Work) -> None:
+    (work.folder / "vllm/cache.py").chmod(0o755)
+    work.append("vllm/cache.py", "more = 1\n")
+    work.commit("Mode\n" + TRAILERS)
+
+
 REFUSED: dict[str, tuple[Callable[[Work], None], type[ForgeError], str]] = {
     "modified": (modified, DirtyTreeError, "vllm/cache.py"),
     "staged": (staged, DirtyTreeError, "vllm/cache.py"),
@@ -362,6 +379,9 @@ REFUSED: dict[str, tuple[Callable[[Work], None], type[ForgeError], str]] = {
     "crlf": (crlf, LineEndingError, "(CRLF)"),
     "not-utf-8": (latin1, NonCanonicalPatchError, "(Latin-1)"),
     "binary": (binary, EmptyPatchError, "(Binary)"),
+    "not-in-the-wheel": (outside, WheelSourceError, "setup.py"),
+    "renamed": (renamed, WheelSourceError, "D vllm/cache.py"),
+    "mode": (executable, WheelSourceError, "M vllm/cache.py (mode 100644, then 100755)"),
     "text-and-binary": (text_and_binary, CorruptPatchError, "a binary file: vllm/data.bin"),
 }  # fmt: skip
 

@@ -40,6 +40,7 @@ from vllm_forge.patches.errors import (
     PatchHeaderError,
     SeriesFileError,
     TreeMismatchError,
+    WheelSourceError,
     WrongBaseError,
     WrongContextError,
 )
@@ -414,6 +415,25 @@ def test_updated_lock_is_what_is_checked(
     applied = check_line(project, "9.9", repo)
     assert (lock.base, lock.result) == (base, applied.result)
     assert applied.base == base
+
+
+def test_series_that_no_wheel_can_have_gets_no_lock(
+    project: Project, repo: SourceRepo, series: Path, tmp_path: Path
+) -> None:
+    """It would be found when the wheel is built, or proven."""
+    tree = check_line(project, "9.9", repo).result
+    text = patch_text(repo, tree, {"setup.py": b"x = 1\n"}, tmp_path / "index")
+    (series / "0003-setup.patch").write_text(text, encoding="utf-8")
+    with (series / "series").open("a") as file:
+        file.write("0003-setup.patch\n")
+    before = (series / "lock.toml").read_bytes()
+    with pytest.raises(WheelSourceError, match=r"A setup\.py"):
+        update_line(project, "9.9", repo)
+    assert (series / "lock.toml").read_bytes() == before
+    changed = changed_tree(repo, tree, {"setup.py": b"x = 1\n"}, tmp_path / "index")
+    (series / "lock.toml").write_text(before.decode().replace(tree, changed))
+    with pytest.raises(WheelSourceError, match=r"A setup\.py"):
+        check_line(project, "9.9", repo)
 
 
 def test_check_needs_no_index_when_the_source_is_here(
