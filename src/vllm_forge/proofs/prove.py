@@ -278,7 +278,9 @@ def _run_all(jobs: Sequence[ProofJob]) -> list[tuple[TestRun, list[tuple[TestRun
 def _run(job: ProofJob, name: str, tree: str, test: str, threads: str) -> TestRun:
     """Run a proof, or all tests, on a tree."""
     start = time.monotonic()
-    argv = (PYTHON, f"/mnt/{SCRIPT.name}", "/mnt", job.line_name, threads, test)
+    # The order of a set must not decide between a proof with its patch and without it.
+    seeded = ("/usr/bin/env", "PYTHONHASHSEED=0", PYTHON)
+    argv = (*seeded, f"/mnt/{SCRIPT.name}", "/mnt", job.line_name, threads, test)
     output = job.environment.run(name.replace(" ", "-"), tree, job.inputs, argv)
     run = parse(output, f"line {job.line_name}, {name}")
     verdict = "green" if run.exit == GREEN else f"exit {run.exit}"

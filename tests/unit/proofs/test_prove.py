@@ -550,8 +550,9 @@ def test_whole_runs_all_tests_and_a_proof_runs_alone_with_its_patch_and_without(
 ) -> None:
     prove_it(one_line, run(0, it="passed"), run(1, it="failed"))
     runs = sorted(one_line[1].runs, key=lambda item: item.name)
-    threads = runs[0].argv[4]
-    assert [(item.name, item.argv[2:]) for item in runs] == [
+    threads = runs[0].argv[6]
+    assert {item.argv[:2] for item in runs} == {("/usr/bin/env", "PYTHONHASHSEED=0")}
+    assert [(item.name, item.argv[4:]) for item in runs] == [
         ("whole", ("/mnt", "9.9", threads, ALL_TESTS)),
         ("with-0001-patch", ("/mnt", "9.9", threads, PROOF)),
         ("without-0001-patch", ("/mnt", "9.9", threads, PROOF)),
