@@ -106,9 +106,11 @@ def bare_command(deployment: Deployment) -> Command:
 
     The SKU's environment is part of it, which the image has set already.
     """
+    kept = deployment.inherited
+    own = {name: text for name, text in deployment.environment.items() if name not in kept}
     return Command(
         argv=("vllm", "serve", *_model(deployment, str(deployment.model)), *deployment.arguments),
-        env={**deployment.cell.sku.env, **deployment.environment},
+        env={**deployment.cell.sku.env, **own},
     )
 
 

@@ -47,6 +47,11 @@ class Deployment:
         return {name: value for name, value in pairs if name.startswith("VLLM_") and name != KEY}
 
     @property
+    def inherited(self) -> set[str]:
+        """The names among the user's variables that have the value of the caller, if any."""
+        return {text for text in self.env if "=" not in text}
+
+    @property
     def environment(self) -> dict[str, str]:
         """What vLLM's choices may depend on."""
         return {**serve_arguments(self.matrix, self.preset_name)[1], **self.own_environment}

@@ -3,6 +3,7 @@
 The image's own vLLM answers, in a container without network, GPU and rights: no root is needed.
 """
 
+import os
 import shlex
 import stat
 import tempfile
@@ -47,13 +48,18 @@ def ask(runner: Runner, deployment: Deployment, image: str, engine: str) -> Answ
 
     A volume of the questions' own keeps what Python compiled: two thirds of a first question.
     """
-    sku = deployment.cell.sku
+    sku, inherited = deployment.cell.sku, deployment.inherited
+    own = {
+        name: os.environ[name] if name in inherited else value
+        for name, value in deployment.environment.items()
+        if name not in inherited or name in os.environ
+    }
     question = Question(
         name=asking.preset_question(deployment.preset_name, deployment.artifact_name),
         device=asking.declared_device(sku, count=asking.GPUS),
         artifact=deployment.artifact_name,
         arguments=tuple(deployment.arguments),
-        environment={**sku.env, **deployment.environment},
+        environment={**sku.env, **own},
     )
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

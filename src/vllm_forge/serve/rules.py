@@ -186,7 +186,8 @@ def kv_cache_fits(case: LintCase) -> Problems:
     engine, attention = case.answer.engine, case.answer.attention
     dtype, block = (_value(case, name) for name in KV_CACHE)
     row = f"preset.{case.preset_name}"
-    if engine is not None and not engine.kv_cache_dtype.startswith(dtype.removeprefix("auto")):
+    stored = {"auto": "", "fp8_e4m3": "fp8"}.get(dtype, dtype)  # config/cache.py: fp8 is fp8_e4m3
+    if engine is not None and not engine.kv_cache_dtype.startswith(stored):
         what = f"the preset asks for a KV cache in {dtype}, and {case.release} stores "
         yield what + engine.kv_cache_dtype, f"correct --kv-cache-dtype in {row}"
     if engine is not None and block and str(engine.block_size) != block:
@@ -243,14 +244,19 @@ def experts_are_built_as_stored(case: LintCase) -> Problems:
 
 
 def backend_is_the_one_asked_for(case: LintCase) -> Problems:
-    """--moe-backend is not passed over silently."""
-    asked, moe = _value(case, "--moe-backend"), case.answer.moe
-    if asked in {"", "auto"} or moe is None or moe.chosen is None:
-        return
-    if asked.upper() not in moe.chosen:
-        what = f"it asks for --moe-backend={asked}, and {case.release} takes {moe.chosen}, as "
-        what += f"{asked} does not take {case.artifact.experts} experts"
-        yield what, f"take --moe-backend out of preset.{case.preset_name}, or the artifact"
+    """--moe-backend and --attention-backend are not passed over silently."""
+    lacks = {
+        "--moe-backend": f"does not take {case.artifact.experts} experts",
+        "--attention-backend": "is not for this model's attention",
+    }
+    for flag, choice in zip(lacks, (case.answer.moe, case.answer.attention), strict=True):
+        asked = _value(case, flag)
+        if asked in {"", "auto"} or choice is None or choice.chosen is None:
+            continue
+        if asked.upper() not in choice.chosen:
+            what = f"it asks for {flag}={asked}, and {case.release} takes {choice.chosen}, as "
+            remedy = f"take {flag} out of preset.{case.preset_name}, or the artifact"
+            yield f"{what}{asked} {lacks[flag]}", remedy
 
 
 def chat_is_the_lines(case: LintCase) -> Problems:

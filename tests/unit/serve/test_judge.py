@@ -173,6 +173,20 @@ def test_image_is_asked_one_question_without_network_and_rights(engine: str, doc
     assert question["device"]["name"] == MATRIX.sku["rtxpro6000"].device
 
 
+def test_variable_without_a_value_is_asked_with_the_callers(
+    docker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docker passes it on: not at all where the caller has none."""
+    (docker / "answer").write_text(json.dumps([ANSWER.model_dump(mode="json")]))
+    monkeypatch.setenv("VLLM_USE_DEEP_GEMM", "0")
+    monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH", raising=False)
+    env = ("VLLM_USE_DEEP_GEMM", "VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_CACHE_ROOT=")
+    judge.ask(Runner(), deployment(env=env), "localhost/vllm:x", "docker")
+    (question,) = json.loads((docker / "in" / "questions.json").read_text())["questions"]
+    own = question["environment"].items() - MATRIX.sku["rtxpro6000"].env.items()
+    assert dict(own) == {"VLLM_USE_DEEP_GEMM": "0", "VLLM_CACHE_ROOT": ""}
+
+
 @pytest.mark.parametrize("answer", [None, "no answer\n"])
 def test_image_that_does_not_answer_is_undecided(answer: str | None, docker: Path) -> None:
     if answer is not None:

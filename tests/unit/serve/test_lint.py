@@ -384,6 +384,23 @@ def test_backend_that_is_passed_over_is_a_finding(case: Callable[..., LintCase])
         assert judge(case(flags=("--kv-cache-dtype=fp8", taken))) == []
 
 
+def test_other_word_for_fp8_is_accepted(case: Callable[..., LintCase]) -> None:
+    """vLLM's config/cache.py: fp8 is fp8_e4m3."""
+    assert judge(case(flags=("--kv-cache-dtype=fp8_e4m3",))) == []
+    finding = only(judge(case(flags=("--kv-cache-dtype=fp8_e5m2",))))
+    assert "asks for a KV cache in fp8_e5m2, and vLLM 0.26.0 stores fp8" in finding.what
+
+
+def test_attention_that_is_passed_over_is_a_finding(case: Callable[..., LintCase]) -> None:
+    said = answer(attention=Choice(chosen="FLASHMLA_SPARSE_DSV4"))
+    flags = ("--kv-cache-dtype=fp8", "--attention-backend=triton_mla")
+    words = "asks for --attention-backend=triton_mla, and vLLM 0.26.0 takes FLASHMLA_SPARSE_DSV4"
+    assert words in only(judge(case(said, flags=flags))).what
+    for taken in ("auto", "FLASHMLA_SPARSE", "flashmla_sparse_dsv4"):
+        flags = ("--kv-cache-dtype=fp8", f"--attention-backend={taken}")
+        assert judge(case(said, flags=flags)) == []
+
+
 def test_limit_that_nobody_followed_is_a_finding(case: Callable[..., LintCase]) -> None:
     said = answer(moe=Moe(chosen="NEW_BACKEND", clamp="none"))
     limited = CONFIG | {"swiglu_limit": 10.0}

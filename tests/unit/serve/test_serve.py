@@ -250,6 +250,11 @@ def test_bare_command_sets_what_the_image_has_set(deployment: Deployment) -> Non
     )
 
 
+def test_bare_command_leaves_the_callers_variables_alone(deployment: Deployment) -> None:
+    own = replace(deployment, env=("VLLM_USE_DEEP_GEMM", "VLLM_LOGGING_LEVEL=DEBUG"))
+    assert bare_command(own).env.keys() - deployment.cell.sku.env.keys() == {"VLLM_LOGGING_LEVEL"}
+
+
 def test_environment_of_a_preset_goes_into_the_container(
     matrix: Matrix, deployment: Deployment
 ) -> None:
