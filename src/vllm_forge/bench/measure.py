@@ -8,7 +8,9 @@ import time
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import Field, model_validator
 
 from vllm_forge.bench.client import Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import InvalidResultError, WorkloadFileError
@@ -17,6 +19,7 @@ from vllm_forge.bench.results import (
     LARGEST_ROWS,
     Arm,
     Conditions,
+    Count,
     Drafts,
     Row,
     Setup,
@@ -29,10 +32,33 @@ from vllm_forge.bench.results import (
 from vllm_forge.bench.validity import require_valid
 from vllm_forge.host import Probe, console, printable, read_plain
 from vllm_forge.host.console import PROGRESS_S
-from vllm_forge.matrix import flags
+from vllm_forge.matrix import FrozenModel, flags
+from vllm_forge.matrix.model import Text
 
 T = TypeVar("T")
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
 SELF_TEST = 4  # requests for each slot, in the test of the client
+
+
+class Message(FrozenModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str
+
+
+class PromptRow(FrozenModel):
+    """A line of a workload."""
+
+    item: Text = Field(min_length=1)
+    prompt: str | list[TokenId] = ""
+    messages: tuple[Message, ...] = ()
+    predicted: dict[int, Drafts] = Field(default_factory=dict)
+    repeat: Count = 0
+
+    @model_validator(mode="after")
+    def _asks_once(self) -> Self:
+        if bool(self.prompt) == bool(self.messages):
+            raise ValueError("expected either a prompt or messages, and not empty")
+        return self
 
 
 def read_lines(path: Path, parse: Callable[[bytes], T], *, what: str, remedy: str) -> T:
@@ -55,24 +81,16 @@ def read_workload(path: Path) -> tuple[list[Prompt], str]:
             raise ValueError("it is empty")
         return prompts, hashlib.sha256(content).hexdigest()
 
-    remedy = 'give JSONL with {"item": NAME, "prompt": TEXT} or "messages" in each line'
+    remedy = (
+        'give JSONL with "item" and "prompt" (TEXT or [TOKEN ID, ...]) or "messages" in each line'
+    )
     return read_lines(path, parse, what="workload", remedy=remedy)
 
 
-def _prompt(row: Any) -> Prompt:
-    content = row["messages"] if "messages" in row else row["prompt"]
-    if not content:
-        raise ValueError("an empty prompt")
-    if not isinstance(row["item"], str) or "\n" in row["item"]:
-        raise TypeError("item is not a text of one line")
-    ids = all(isinstance(token, int) for token in content)
-    chat = not ids and not isinstance(content, str)
-    if chat and not all(isinstance(message["content"], str) for message in content):
-        raise ValueError("a message without text")
-    predicted = {int(k): Drafts.model_validate(d) for k, d in row.get("predicted", {}).items()}
-    if type(repeat := row.get("repeat", 0)) is not int:
-        raise TypeError("repeat is not an integer")
-    return Prompt(printable(row["item"]), content, predicted, repeat)
+def _prompt(line: Any) -> Prompt:
+    row = PromptRow.model_validate(line)
+    chat = [message.model_dump() for message in row.messages]
+    return Prompt(printable(row.item), row.prompt or chat, row.predicted, row.repeat)
 
 
 def _predicted(prompts: Sequence[Prompt], argv: Sequence[str]) -> Drafts | None:
@@ -97,7 +115,8 @@ def read_answers(path: Path, items: Collection[str]) -> list[Row]:
             raise ValueError("expected start 0")
         return rows
 
-    remedy = 'give JSONL with "item", "finish", "output_tokens", "seconds", "scores" in each line'
+    keys = "start, item, finish, output_tokens, seconds, scores"  # of no other tool
+    remedy = f"convert it to JSONL with {keys} in each line: docs/operate/bench.md"
     return read_lines(path, parse, what="answers", remedy=remedy)
 
 
