@@ -53,7 +53,11 @@ UPSTREAM_SOURCE = ("tests", "pyproject.toml")  # of the release
 UPSTREAM_S = 1200  # for one tree; a test that waits for a network must not stop the run
 PUBLISHED, PATCHED = "published", "patched"
 # Code that does not load makes any test red, which proves nothing about a patch.
-NOT_LOADED = re.compile(r"^(SyntaxError|IndentationError|ImportError|ModuleNotFoundError)\b")
+# So does a host without memory or disk, and a test of a function that only the patch adds.
+UNRELATED = re.compile(
+    r"^(?:(?:SyntaxError|IndentationError|ImportError|ModuleNotFoundError|MemoryError|OSError)\b"
+    r"|AttributeError: <?module 'vllm\b)"
+)
 CHANGING = re.compile(r"\b0x[0-9a-f]+\b|/(?:tmp|opt|mnt|srv)/\S+")
 
 
@@ -117,8 +121,9 @@ def judge_without(line: str, variant: Variant, run: TestRun) -> ForgeError | Non
         )
     if run.exit != RED or not outcomes["failed"]:
         return not_run(f"line {line}, without {patch.name}", run)
-    if NOT_LOADED.match(run.why):
-        return _no_proof(line, patch, f"is red only because code does not load ({run.why})")
+    if UNRELATED.match(run.why):
+        why = "code does not load, or the host lacks memory or disk"
+        return _no_proof(line, patch, f"is red only because {why}: {run.why}")
     return None
 
 

@@ -280,6 +280,11 @@ class TestVerdictWithout:
             judge_without("9.9", variant, run(1, "KeyError: 'x'", a="failed", b="passed")) is None
         )
 
+    @pytest.mark.parametrize("why", ["'Module' object", "module 'cutlass.cute.arch'"])
+    def test_what_vllm_does_not_find_is_red(self, variant: Variant, why: str) -> None:
+        said = run(1, f"AttributeError: {why} has no attribute 'x'", it="failed")
+        assert judge_without("9.9", variant, said) is None
+
     def test_green_proves_nothing(self, variant: Variant) -> None:
         error = judge_without("9.9", variant, run(0, it="passed"))
         assert type(error) is UselessPatchError
@@ -302,6 +307,10 @@ class TestVerdictWithout:
             run(1, "ImportError: no x", it="failed"),
             run(1, "ModuleNotFoundError: no x", it="failed"),
             run(1, "SyntaxError: bad", it="failed"),
+            run(1, "MemoryError", it="failed"),
+            run(1, "OSError: [Errno 28] No space left on device", it="failed"),
+            run(1, "AttributeError: module 'vllm.utils' has no attribute 'added'", it="failed"),
+            run(1, "AttributeError: <module 'vllm.x' from '...'> has no attribute", it="failed"),
         ],
         ids=lambda said: f"{said.exit} {said.why} {list(said.tests.values())}",
     )
