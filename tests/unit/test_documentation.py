@@ -36,8 +36,8 @@ INLINE = re.compile(r"`((?:nox|python3 -m nox) -[^`]+)`")
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 # Programs of others, whose options are not checked.
 OTHERS = {
-    "buildkite-agent", "cosign", "curl", "docker", "git", "grep", "hf", "kubectl", "openssl",
-    "oras", "pip", "pre-commit", "sh", "sinfo", "skopeo", "tar", "uv",
+    "buildkite-agent", "cosign", "curl", "docker", "git", "grep", "hf", "kubectl", "mkdir",
+    "openssl", "oras", "pip", "pre-commit", "sh", "sinfo", "skopeo", "tar", "uv",
 }  # fmt: skip
 SCRIPTS = {"scripts/install_vllm_with_patches.sh": ["install"]}
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")

@@ -1,6 +1,7 @@
 """Series, proofs, drift and the installer; kernel selection and kernel coverage of each line."""
 
 import argparse
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def checkout(project: Project, args: argparse.Namespace) -> None:
     name, _ = project.line(args.line)
     count = authoring.checkout(project, name, SourceRepo(), args.directory)
     show(f"{args.directory}: {count} patches on {authoring.BASE}")
-    console.print("edit them with git (commit, rebase -i), then run: patch export", style="dim")
+    done = f"nox -s forge -- patch export {shlex.quote(str(args.directory))}"
+    console.print(f"edit them with git (commit, rebase -i), then run: {done}", markup=False)
 
 
 def export(project: Project, args: argparse.Namespace) -> None:

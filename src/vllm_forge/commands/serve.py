@@ -47,7 +47,7 @@ def register(choices: parsers.Commands) -> None:
     one = command(choices, "serve", serve, SKU, LINE, artifact, packaged=True)
     one.remedy = "put flags of vLLM after --, e.g.: serve … -- --max-model-len=131072"
     one.set_defaults(vllm_flags=())
-    one.add_argument("--preset", required=True, help="e.g. mtp, plain, tp2-mtp")
+    one.add_argument("--preset", help="required; of the SKU, e.g. mtp, plain, tp2-mtp")
     one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that answers")
     shown = one.add_mutually_exclusive_group()
     shown.add_argument("--print", dest="print_only", action="store_true", help="only print it")
@@ -115,6 +115,11 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     if args.form == "k8s":
         _require_kubernetes(args, options)
     cell = project.cell(args.sku, args.line)
+    if args.preset is None:
+        remedy = (
+            f"presets of {cell.sku_name}: {', '.join(presets_of(project.matrix, cell.sku_name))}"
+        )
+        raise UsageError("missing --preset", where="vllm-forge serve", remedy=remedy)
     deployment = replace(
         find_deployment(project.matrix, cell, args.preset, args.artifact),
         flags=args.vllm_flags,
@@ -157,6 +162,8 @@ def _require_kubernetes(args: argparse.Namespace, options: "shell.ServeOptions")
     if options.gpu_ids or options.port or options.replica > 1:
         args.parser.error("--k8s: no --gpu-ids, --port or --replica: the cluster chooses the host, "
                           "its GPUs and, by a Service, the port")  # fmt: skip
+    if not options.image:
+        args.parser.error("--k8s: missing --image: nodes pull it from a registry (build --push)")
     if not OBJECT.fullmatch(options.name or "vllm"):
         args.parser.error("--k8s: a --name is of a-z, 0-9, '.' and '-'")
 

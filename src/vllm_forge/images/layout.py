@@ -1,6 +1,7 @@
 """OCI image layouts on disk: read, checked, written (image-spec v1.1, image-layout.md)."""
 
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -176,6 +177,10 @@ def read_image(path: Path) -> Image:
         if not path.exists():
             remedy = "build it, or correct the folder; an image of a registry is HOST/NAME:TAG"
             raise LayoutError("image not found", where=path, remedy=remedy) from error
+        if path.is_file():
+            what = "not a folder: expected that of an OCI layout"
+            remedy = f"unpack an archive: mkdir image && tar -xf {shlex.quote(path.name)} -C image"
+            raise LayoutError(what, where=path, remedy=remedy) from error
         what = f"not an OCI layout with one image: {error}"
         raise LayoutError(what, where=path, remedy="delete it and build again") from error
     return Image(path=path, digest=digest, config=config, manifest=manifest)

@@ -163,8 +163,9 @@ def _as_checked(layer: StoredLayer) -> StoredLayer:
 
 
 def _gone(folder: Path) -> CacheError:
-    what = "a layer that was written has been deleted or damaged"
-    remedy = "do not clean the cache while a build runs; build again"
+    what = "a layer is not in the cache, or is damaged"
+    remedy = "build an image of the line, and do not clean the cache meanwhile: "
+    remedy += "nox -s forge -- build SKU --line LINE"
     return CacheError(what, where=folder, remedy=remedy)
 
 

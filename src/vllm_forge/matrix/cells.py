@@ -70,9 +70,10 @@ def _find_sku(matrix: Matrix, given: str) -> str:
     if name in matrix.sku:
         return name
     remedy = "SKUs: " + ", ".join(f"{sku} ({row.arch})" for sku, row in matrix.sku.items())
-    if name in matrix.unsupported_sku:
-        what = f"{name} is not supported: {matrix.unsupported_sku[name].reason}"
-        where = f"matrix.toml, unsupported_sku.{name}"
+    product = "".join(filter(str.isalnum, name))  # "RTX 5090", "dgx-spark"
+    if product in matrix.unsupported_sku:
+        what = f"{name} is not supported: {matrix.unsupported_sku[product].reason}"
+        where = f"matrix.toml, unsupported_sku.{product}"
         raise errors.UnsupportedCellError(what, where=where, remedy=remedy)
     arch = name.replace("_", "")
     of_arch = [sku for sku, row in matrix.sku.items() if row.arch.replace("_", "") == arch]

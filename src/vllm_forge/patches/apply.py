@@ -29,6 +29,7 @@ FIELDS = (
 )  # fmt: skip
 SEPARATOR = "---\n"
 EXPORT = "run: vllm-forge patch checkout, and patch export"
+FORM = "give each field once, as NAME: TEXT, in a commit as last paragraph: docs/develop/patches.md"
 FORMS = {
     "Proves": (re.compile(r"^tests/[\w/]+\.py::\w+$"), "a test id, e.g. tests/a/test_b.py::test_c"),
     "Last-Update": (re.compile(r"^\d{4}-\d{2}-\d{2}$"), "YYYY-MM-DD"),
@@ -133,15 +134,16 @@ def parse_fields(head: str, where: str, *, ordered: bool = True) -> dict[str, st
         name, colon, value = line.partition(": ")
         if not colon or not value.strip():
             what = f"invalid header line {line!r}: expected NAME: TEXT"
-            raise errors.PatchHeaderError(what, where=at)
+            raise errors.PatchHeaderError(what, where=at, remedy=FORM)
         if name not in FIELDS:
             what = f"unknown field {name!r}"
             raise errors.PatchHeaderError(what, where=at, remedy="fields: " + ", ".join(FIELDS))
         if name in fields:
-            raise errors.PatchHeaderError(f"duplicate field {name}", where=at)
+            raise errors.PatchHeaderError(f"duplicate field {name}", where=at, remedy=FORM)
         fields[last := name] = value
     if missing := [name for name in FIELDS if name not in fields]:
-        raise errors.PatchHeaderError(f"missing: {', '.join(missing)}", where=where)
+        what = f"missing: {', '.join(missing)}"
+        raise errors.PatchHeaderError(what, where=where, remedy=FORM)
     if ordered and list(fields) != list(FIELDS):
         what = "header fields are out of order"
         remedy = "the order is: " + ", ".join(FIELDS)
@@ -149,7 +151,7 @@ def parse_fields(head: str, where: str, *, ordered: bool = True) -> dict[str, st
     for name, (form, expected) in FORMS.items():
         if not form.match(fields[name]):
             what = f"invalid {name} {fields[name]!r}: expected {expected}"
-            raise errors.PatchHeaderError(what, where=where)
+            raise errors.PatchHeaderError(what, where=where, remedy=FORM)
     return {name: fields[name] for name in FIELDS}
 
 

@@ -91,6 +91,7 @@ class Service(ServeOptions):
     """A server's container, in the words of no engine. Without ``gpu_ids``, the engine chooses."""
 
     title: str
+    device: str  # the GPU's product
     command: tuple[str, ...]
     gpus: int
     settings: Container
@@ -162,6 +163,7 @@ def service_of(
     return Service(
         **{**dict(options), **chosen},
         title=f"{deployment.preset_name}, {deployment.artifact_name}, line {cell.line_name}",
+        device=cell.sku.device,
         command=(*_model(deployment, MODEL), f"--port={settings.port}", *deployment.arguments),
         gpus=gpus,
         settings=settings,

@@ -23,7 +23,8 @@ def render(form: str, service: Service, engine: Engine) -> str:
     for name in service.secrets:  # a credential, systemd 247
         script = secret(name, f'"$CREDENTIALS_DIRECTORY/{name}"') + f" && {script}"
     template = Path(__file__).with_name("forms") / FORMS[form]
-    return fill(template, s=service, engine=engine, script=script)
+    unset = [variable for variable in service.env if "=" not in variable]
+    return fill(template, s=service, engine=engine, script=script, unset=unset)
 
 
 def fill(template: Path, **values: object) -> str:

@@ -70,7 +70,7 @@ MISTAKES: dict[str, tuple[list[str], type[ForgeError], list[str]]] = {
         UsageError,
         ["--enforce"],
     ),
-    "no preset": (["serve", "b300"], UsageError, ["--preset"]),
+    "no preset": (["serve", "b300"], UsageError, ["missing --preset", "presets of b300: mtp"]),
     "mistyped preset": (
         ["serve", "b300", "--preset=mpt", "--print"],
         UnknownPresetError,
@@ -129,6 +129,11 @@ MISTAKES: dict[str, tuple[list[str], type[ForgeError], list[str]]] = {
         ["verify", "./nonexistent", "--offline"],
         LayoutError,
         ["image not found", "nonexistent", "HOST/NAME:TAG"],
+    ),
+    "archive instead of a folder": (
+        ["verify", __file__, "--offline"],
+        LayoutError,
+        ["not a folder", "tar -xf test_mistakes.py", "!build again"],
     ),
     "unknown engine to serve": ([*SERVE, "--engine=lxc"], UsageError, ["'lxc'", "docker, podman"]),
     "unknown engine to build": (

@@ -358,9 +358,22 @@ def test_cell_of_no_sku(asked: str, root: Path) -> None:
         image_cell(load(root), asked)
 
 
-@pytest.mark.parametrize("asked", ["gb300", "GB200"])
-def test_unsupported_sku_says_why(asked: str, root: Path) -> None:
-    with pytest.raises(UnsupportedCellError, match=f"{asked.lower()} is not supported: .*Arm") as e:
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("gb300", "Arm"),
+        ("GB200", "Arm"),
+        ("gb10", "Arm"),
+        ("DGX-Spark", "Arm"),
+        ("RTX 5090", "32 GB"),
+        ("5090", "32 GB"),
+        ("h100", "development"),
+    ],
+)
+def test_unsupported_sku_says_why(asked: str, why: str, root: Path) -> None:
+    with pytest.raises(
+        UnsupportedCellError, match=f"^{asked.lower()} is not supported: .*{why}"
+    ) as e:
         image_cell(load(root), asked)
     assert "did you mean" not in str(e.value)
     assert "b300 (sm_103a)" in e.value.remedy

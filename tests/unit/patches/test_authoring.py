@@ -390,7 +390,9 @@ REFUSED: dict[str, tuple[Callable[[Work], None], type[ForgeError], str]] = {
 def test_export_is_refused_and_changes_nothing(name: str, project: Project, work: Work) -> None:
     change, kind, words = REFUSED[name]
     change(work)
-    assert words in str(refuse_export(project, work, kind))
+    error = refuse_export(project, work, kind)
+    assert words in str(error)
+    assert error.remedy
 
 
 def test_line_with_another_source_is_refused(project: Project, work: Work, series: Path) -> None:

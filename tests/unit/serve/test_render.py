@@ -92,6 +92,14 @@ def test_unit_reads_the_key_when_it_starts(tmp_path: Path) -> None:
     assert "--env=VLLM_API_KEY" in argv
 
 
+def test_unit_reads_variables_without_a_value_from_a_file() -> None:
+    """systemd gives a unit none of the shell's, and docker leaves out what is not set."""
+    unit = render("systemd", service(env=("HF_TOKEN", "A=b")), "docker")
+    assert "\nEnvironmentFile=/etc/vllm-b300-mtp.env\n" in unit
+    assert "each of HF_TOKEN;" in unit
+    assert "EnvironmentFile" not in render("systemd", service(env=("A=b",)), "docker")
+
+
 @pytest.mark.parametrize("content", ["s3cret\n", "", None])
 @pytest.mark.parametrize("form", ["print", "systemd"])
 def test_no_server_starts_without_its_key(form: str, content: str | None, tmp_path: Path) -> None:
@@ -120,7 +128,8 @@ def test_no_server_starts_without_its_key(form: str, content: str | None, tmp_pa
 )
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / "vllm.service"
-    unit.write_text(render("systemd", service(ODD, key=tmp_path / "key"), "docker"))
+    made = service(ODD, env=("HF_TOKEN",), key=tmp_path / "key")
+    unit.write_text(render("systemd", made, "docker"))
     argv = ["systemd-analyze", "verify", "--man=no", str(unit)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert "vllm.service" not in done.stderr, done.stderr
@@ -144,6 +153,9 @@ def test_deployment_of_kubernetes() -> None:
     assert names["A"]["value"] == "b $$(PATH)"  # Kubernetes replaces it, and halves dollars
     for name, key in (("HF_TOKEN", "HF_TOKEN"), ("VLLM_API_KEY", "key")):
         assert names[name]["valueFrom"]["secretKeyRef"]["key"] == key
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["timeoutSeconds"] == 5, "as the image's; 1 s is Kubernetes' default"
+    assert "# nodeSelector: {nvidia.com/gpu.product: NVIDIA-B300-SXM6-AC}\n" in text
     port = container["startupProbe"]["httpGet"]["port"]
     assert port == container["ports"][0]["containerPort"] == 8000
     (command,) = re.findall("^# (key=.*)$", text, re.M)
@@ -202,13 +214,20 @@ def test_model_folder_is_mounted_read_only(tmp_path: Path) -> None:
     ["--gpu-ids=0,1,2,3", "--name=My_Server", "--name=a.", "--port=9000", "--replica=2"],
 )
 def test_option_that_kubernetes_cannot_take_is_refused(option: str) -> None:
-    assert main(["serve", "--sku=b300", "--preset=mtp", "--k8s", option]) == 2
-    assert main(["serve", "--sku=b300", "--preset=mtp", "--k8s", "--name=a.b-1"]) == 0
+    k8s = ["serve", "--sku=b300", "--preset=mtp", "--k8s", "--image=registry.example/vllm:1"]
+    assert main([*k8s, option]) == 2
+    assert main([*k8s, "--name=a.b-1"]) == 0
+
+
+def test_kubernetes_needs_an_image_that_nodes_can_pull(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--sku=b300", "--preset=mtp", "--k8s"]) == 2
+    assert "missing --image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_are_printed_alone_on_stdout(form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--sku=b300", "--preset=mtp", f"--{form}"]) == 0
+    image = "--image=registry.example/vllm:1"
+    assert main(["serve", "--sku=b300", "--preset=mtp", f"--{form}", image]) == 0
     out = capsys.readouterr().out
     assert "canada-quant/DeepSeek-V4-Flash-NVFP4-FP8-MTP" in out
     if form != "systemd":
