@@ -55,7 +55,7 @@ def _scalar(value: Any) -> Any:
         raise ValueError("expected a name, a number or a truth value")  # noqa: TRY004 - of pydantic
     if len(str(value)) > MOST_CHARACTERS:
         raise ValueError(f"expected at most {MOST_CHARACTERS} characters")
-    return value
+    return value.lower() if isinstance(value, str) else value  # as compressed-tensors reads it
 
 
 Size = Annotated[int, Field(ge=1, le=MOST)]
@@ -89,10 +89,18 @@ class Rules:
         """Whether one of the rules means the module, as this vLLM asks."""
         if self.match(name):
             return True
+        parts = self._parts(name, version)
+        return bool(parts) and all(parts)
+
+    def divides(self, name: str, version: Version) -> bool:
+        """Whether they mean some of the parts of a fused module, and not the others."""
+        parts = self._parts(name, version)
+        return not self.match(name) and any(parts) and not all(parts)
+
+    def _parts(self, name: str, version: Version) -> list[bool]:
         prefix, _, last = name.rpartition(".")
-        if version < FUSION_KNOWN or last not in FUSED:
-            return False
-        return all(self.match(f"{prefix}.{part}") for part in FUSED[last])
+        parts = FUSED.get(last, ()) if version >= FUSION_KNOWN else ()
+        return [self.match(f"{prefix}.{part}") for part in parts]
 
 
 def compiled(rule: str) -> re.Pattern[str] | None:
@@ -113,8 +121,10 @@ class _Keys(BaseModel):
 class Scheme(_Keys):
     num_bits: Scalar = None
     type: Scalar = None
+    symmetric: Scalar = True
     strategy: Scalar = None
     group_size: Scalar = None
+    block_structure: list[int] | None = None
     actorder: Scalar = None
     dynamic: Scalar = None
 

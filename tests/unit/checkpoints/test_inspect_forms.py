@@ -128,6 +128,31 @@ def _fp32_scales(value: float, case: Case) -> None:
     case.ones["F32"] = struct.pack("<f", value)
 
 
+def _quantization(case: Case, **change: Any) -> None:
+    case.config["quantization_config"] |= change
+
+
+def _group(part: str, case: Case, **change: Any) -> None:
+    """Another attention group: of its weights or its input_activations."""
+    group = case.config["quantization_config"]["config_groups"]["group_0"]
+    group[part] = group[part] | change
+
+
+def _ignore(*rules: str) -> Callable[[Case], None]:
+    return lambda case: case.config["quantization_config"]["ignore"].extend(rules)
+
+
+def _extra(name: str, dtype: str, *shape: int) -> Callable[[Case], None]:
+    return lambda case: case.rows.update({name: (dtype, shape)})
+
+
+def _plain_wo_b(case: Case) -> None:
+    name = "layers.0.attn.wo_b"
+    case.rows[f"{name}.weight"] = ("BF16", case.rows[f"{name}.weight"][1])
+    case.drop(f"{name}.scale")
+    _quantization(case, ignored_layers=[f"model.{name}"])
+
+
 TWO = "num_nextn_predict_layers"
 # What was done -> variant, how; the outcome on each line; a word of the reason.
 FORMS: dict[str, tuple[str, Callable[[Case], Any], tuple[str, str, str], str]] = {
@@ -184,6 +209,68 @@ FORMS: dict[str, tuple[str, Callable[[Case], Any], tuple[str, str, str], str]] =
     "a scale of the drafter is missing": (
         "native-fp8-mxfp4", lambda case: case.drop("mtp.0.attn.wq_a.scale"),
         (WITHOUT, WITHOUT, WITHOUT), "scales are missing",
+    ),
+    "native layer that is excepted but FP8": (
+        "native-fp8-mxfp4", partial(_quantization, ignored_layers=["layers.0.attn.wq_b"]),
+        (NOT, NOT, NOT), "hides quantized weights",
+    ),
+    "native layer that is excepted and BF16": (
+        "native-fp8-mxfp4", _plain_wo_b, (MTP, MTP, MTP), "",
+    ),
+    "native blocks of another size": (
+        "native-fp8-mxfp4", partial(_quantization, weight_block_size=[64, 64]), (NOT, NOT, NOT),
+        "weight_block_size is [64, 64]",
+    ),
+    "native without a block size": (
+        "native-fp8-mxfp4",
+        lambda case: case.config["quantization_config"].pop("weight_block_size"),
+        (NOT, NOT, NOT), "weight_block_size is None",
+    ),
+    "native with static activations": (
+        "native-fp8-mxfp4", partial(_quantization, activation_scheme="static"), (NOT, NOT, NOT),
+        "activation_scheme is static",
+    ),
+    "group of other blocks": (
+        "card", partial(_group, "weights", block_structure=[64, 64]), (NOT, NOT, NOT),
+        "arguments do not fit",
+    ),
+    "group with zero points": (
+        "card", partial(_group, "weights", symmetric=False), (NOT, NOT, NOT),
+        "arguments do not fit",
+    ),
+    "group with static activations": (
+        "card", partial(_group, "input_activations", dynamic=False), (NOT, NOT, NOT),
+        "arguments do not fit",
+    ),
+    "group in capitals": (
+        "card", partial(_group, "weights", type="FLOAT", strategy="BLOCK"), (MTP, MTP, MTP), "",
+    ),
+    "sparsity": (
+        "card", partial(_quantization, sparsity_config={"format": "dense"}), (NOT, NOT, NOT),
+        "sparsity_config",
+    ),
+    "half of a fused module ignored": (
+        "card", _ignore(r"re:.*layers\.0\.attn\.wq_a$"), (MTP, MTP, NOT), "part of a fused module",
+    ),
+    "FP16": (
+        "card", lambda case: case.config.update(torch_dtype="float16"), (NOT, NOT, NOT),
+        "asks for FP16",
+    ),
+    "scale of inputs that nothing reads": (
+        "card", _extra("layers.0.attn.wq_b.input_scale", "F32", 1), (NOT, NOT, NOT),
+        "the format does not have",
+    ),
+    "shape of NVFP4": (
+        "card", _extra("layers.0.ffn.experts.0.w1.weight_shape", "I64", 2), (NOT, NOT, NOT),
+        "the format does not have",
+    ),
+    "empty zero point": (
+        "card", _extra("layers.0.attn.wq_b.weight_zero_point", "I8", 0), (NOT, NOT, NOT),
+        "the format does not have",
+    ),
+    "order of a group without one": (
+        "w4a16-fp8-mtp", _extra("layers.0.ffn.experts.0.w1.weight_g_idx", "I32", 256),
+        (MTP, MTP, NOT), "the format does not have",
     ),
     "a buffer that vLLM skips": (
         "card", lambda case: case.rows.update({"layers.0.attn.rotary_emb.inv_freq": ("F32", (1,))}),

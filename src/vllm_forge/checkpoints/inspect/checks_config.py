@@ -19,6 +19,7 @@ from vllm_forge.checkpoints.inspect.profile import DRAFT, Format, Profile
 # From a vLLM on: faults (rows of checks.toml), each with a module.
 Faults = Callable[[Version], Iterator[tuple[str, str]]]
 
+HALF = ("float16", "half")
 ARCHITECTURES = ["DeepseekV4ForCausalLM"]
 SHOWN = 80  # characters of what is there instead
 COMPRESSED = "compressed-tensors"
@@ -31,10 +32,14 @@ IGNORE_READ = Version("0.33.0")
 ERAS = (FIRST, FUSION_KNOWN, PROBES_CHANGED)
 # What a group must say for weights that are stored so.
 ARGUMENTS: dict[Format, dict[str, Any]] = {
-    Format.FP8_BLOCK: {"num_bits": 8, "type": "float", "strategy": "block"},
+    Format.FP8_BLOCK: {
+        "num_bits": 8, "type": "float", "strategy": "block", "block_structure": [BLOCK, BLOCK],
+    },
     Format.NVFP4: {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
     Format.W4A16: {"num_bits": 4, "type": "int", "strategy": "group"},
-}
+}  # fmt: skip
+# What DeepSeek's own config must say for FP8 blocks (fp8.py, `from_config`).
+NATIVE_ARGUMENTS = {"weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
 # Orders that permute at run time (compressed_tensors/quantization/quant_args.py).
 ORDERED = {"group", "dynamic"}
 # Literal entries that people write for what is never quantized.
@@ -61,6 +66,9 @@ def form(profile: Profile) -> Iterator[Finding]:
         yield finding("no-architecture")
     elif named != ARCHITECTURES:
         yield finding("other-architecture", str(named)[:SHOWN], ARCHITECTURES)
+    # transformers reads both keys, the newer one first.
+    if (dtype := profile.model.get("dtype") or profile.model.get("torch_dtype")) in HALF:
+        yield finding("half", dtype)
     if "compress_ratios" not in profile.served:
         yield finding("layer-types")
 
@@ -81,6 +89,8 @@ def method(profile: Profile) -> Iterator[Finding]:
         yield finding("unknown-method", named, ", ".join(sorted({COMPRESSED, *NATIVE})))
     if "scale_fmt" not in profile.quantization:
         yield finding("no-scale-fmt")
+    if named == COMPRESSED and profile.quantization.get("sparsity_config"):
+        yield finding("sparsity")
 
 
 def native(profile: Profile) -> Iterator[Finding]:
@@ -94,15 +104,10 @@ def native(profile: Profile) -> Iterator[Finding]:
     """
     if profile.quantization.get("quant_method") not in NATIVE:
         return
-    wrong = [
-        f"{block}.{module}.weight"
-        for block in profile.blocks.values()
-        for module in STORED.values()
-        if profile.formats.get(f"{block}.{module}", Format.FP8_NATIVE) is not Format.FP8_NATIVE
-    ]
-    for draft, check in ((False, "config"), (True, "draft-format")):
-        names = [name for name in wrong if name.startswith(DRAFT) is draft]
-        yield from scoped("not-native", names, check=check)
+    for key, value in NATIVE_ARGUMENTS.items():
+        if (stated := profile.quantization.get(key)) != value:
+            yield finding("native-arguments", key, str(stated)[:SHOWN], value)
+    yield from _native_linears(profile)
     wildcards = [compiled(rule) for rule in profile.ignore if matching.is_pattern(rule)]
     fp4 = profile.model.get("expert_dtype", "fp4") == "fp4"
     nvfp4 = str(profile.quantization.get("moe_quant_algo") or "").upper() == "NVFP4"
@@ -122,6 +127,35 @@ def native(profile: Profile) -> Iterator[Finding]:
     yield from _over_eras((FIRST, IGNORE_READ), faults, Effect.CORRUPTS)
     if fp4:
         yield from _native_scales(profile)
+
+
+def _native_linears(profile: Profile) -> Iterator[Finding]:
+    """FP8 for each linear layer, but for those that the config excepts by their whole names.
+
+    vLLM 0.33.0, layers/quantization/fp8.py:162 and utils/quant_utils.py `is_layer_skipped`; names
+    of the drafter's layers were not looked at.
+    """
+    stated = profile.quantization.get("ignored_layers")
+    stated = stated or profile.quantization.get("modules_to_not_convert")
+    names = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
+    excepted = Rules(f"model.{name.removeprefix('model.')}" for name in names)
+    stored = [
+        (f"model.{block}.{module}", f"{block}.{part}", kind)
+        for block in profile.blocks.values()
+        for module, part in STORED.items()
+        if (kind := profile.formats.get(f"{block}.{part}")) is not None
+    ]
+    drafts = [n for _, n, kind in stored if n.startswith(DRAFT) and kind is not Format.FP8_NATIVE]
+    names = [f"{name}.weight" for name in drafts]
+    yield from scoped("not-native", names, check="draft-format")
+
+    def faults(since: Version) -> Iterator[tuple[str, str]]:
+        for module, name, kind in stored:
+            plain = excepted.means(module, since)
+            if plain != (kind is not Format.FP8_NATIVE) and not name.startswith(DRAFT):
+                yield "broad-ignore" if plain else "not-native", name
+
+    yield from _over_eras((FIRST, FUSION_KNOWN), faults, Effect.REFUSES)
 
 
 def _native_scales(profile: Profile) -> Iterator[Finding]:
@@ -163,8 +197,9 @@ def activations(profile: Profile) -> Iterator[Finding]:
 
 
 def is_of(group: Group, kind: Format) -> bool:
-    """Whether a group says of its weights what a format needs."""
-    return all(getattr(group.weights, key, None) == v for key, v in ARGUMENTS[kind].items())
+    """Whether a group says of its weights what a format needs; none has zero points."""
+    wanted = ARGUMENTS[kind] | {"symmetric": True}
+    return all(getattr(group.weights, key, None) == value for key, value in wanted.items())
 
 
 def _weights_only(group: Group) -> bool:
@@ -266,7 +301,10 @@ def resolution(profile: Profile) -> Iterator[Finding]:
     def faults(since: Version) -> Iterator[tuple[str, str]]:
         for layer, block in profile.blocks.items():
             for name, kind, group, hidden in _modules(profile, layer, block, since):
-                if fault := _fault(kind, group, draft=block.startswith(DRAFT), hidden=hidden):
+                draft = block.startswith(DRAFT)
+                if not draft and profile.ignored.divides(name, since):
+                    yield "divided", name
+                elif fault := _fault(kind, group, draft=draft, hidden=hidden):
                     yield fault, name
 
     yield from _over_eras(ERAS, faults, Effect.REFUSES)
@@ -297,7 +335,11 @@ def _fault(kind: Format, group: Group | None, *, draft: bool, hidden: bool) -> s
     if kind is Format.PLAIN:
         return "" if group is None else "draft-not-ignored" if draft else "not-quantized"
     if group is not None:
-        return "" if kind in ARGUMENTS and is_of(group, kind) else "other-arguments"
+        inputs = group.input_activations
+        # Static scales of inputs are not stored beside blocks.
+        static = kind is Format.FP8_BLOCK and inputs is not None and not inputs.dynamic
+        fits = kind in ARGUMENTS and is_of(group, kind) and not static
+        return "" if fits else "other-arguments"
     return "draft-not-described" if draft else "broad-ignore" if hidden else "no-target"
 
 

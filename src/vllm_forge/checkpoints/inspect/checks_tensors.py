@@ -180,6 +180,7 @@ def shapes(profile: Profile) -> Iterator[Finding]:
             for required in stored_as(tensor, kind):
                 fault, name = _fault(profile, required)
                 faults[fault].append(name)
+    yield from _surplus(profile)
     yield from scoped("scale-inv", faults["scale-inv"])
     if lists := faults["global-scale-shape"]:
         yield finding("global-scale-shape", summarize(lists))
@@ -209,6 +210,24 @@ def _fault(profile: Profile, required: RequiredTensor) -> tuple[str, str]:
     if stored.dtype in required.dtypes:
         return "", name
     return "converted" if stored.dtype in required.converted else "wrong-scales", name
+
+
+def _surplus(profile: Profile) -> Iterator[Finding]:
+    """Suffixes that a module's format does not have.
+
+    vLLM has weight_g_idx for every W4A16 expert before 0.30.0, and for none since
+    (compressed_tensors_moe_wna16.py).
+    """
+    names = list[str]()
+    for module, kind in profile.formats.items():
+        known = {"weight_scale_inv", *(piece.suffix for piece in PIECES.get(kind, ()))}
+        if kind is not Format.UNKNOWN:
+            names += [
+                name for suffix, name in profile.modules[module].items() if suffix not in known
+            ]
+    orders = [name for name in names if name.endswith(".weight_g_idx")]
+    yield from scoped("surplus", orders, since="0.30.0")
+    yield from scoped("surplus", sorted({*names} - {*orders}))
 
 
 def _as_stored(profile: Profile, names: list[str]) -> str:
