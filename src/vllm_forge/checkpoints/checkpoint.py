@@ -27,6 +27,7 @@ from vllm_forge.host import open_plain, parse_json, printable
 MAX_TEXT, MAX_CONFIG = 1 << 28, 1 << 24
 # Bytes of all headers: those of 135,000 tensors have 2e7, and take ten times that in memory.
 MAX_HEADERS = 1 << 28
+MOST_POINTER = 1024  # bytes of a Git LFS pointer (its specification, docs/spec.md)
 REPOSITORY = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_TIMEOUT_S = 30.0
 HUB_LIMIT_S = 600  # of a range
@@ -85,6 +86,12 @@ class CheckpointSource(ABC):
         if not isinstance(value, dict):
             raise self.error(f"{name} is not a JSON object")
         return value
+
+    def lacks(self, name: str) -> bool:
+        """Whether the content of a JSON file is not here: it is empty, or a Git LFS pointer."""
+        if (size := self.sizes[name]) > MOST_POINTER:
+            return False
+        return not self.read(name, 0, size).lstrip().startswith((b"{", b"["))
 
     def config(self) -> dict[str, Any]:
         """The content of config.json, which must be there."""

@@ -291,6 +291,12 @@ class TestSource:
         with pytest.raises((CheckpointUnreadableError, ModelInputError), match=f"missing {name}"):
             open_model(broken)
 
+    def test_git_lfs_pointer_is_refused(self, model: Path, tmp_path: Path) -> None:
+        broken = _copy(model, tmp_path)
+        (broken / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(ModelInputError, match="is empty or a Git LFS pointer"):
+            open_model(broken)
+
     def test_the_index_must_be_the_files(self, model: Path, tmp_path: Path) -> None:
         broken = _copy(model, tmp_path)
         index = json.loads((broken / INDEX).read_text())

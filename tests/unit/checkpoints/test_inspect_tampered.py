@@ -219,6 +219,11 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
     "half a DSpark config": (_config("dspark_target_layer_ids", [1]), UNREADABLE, "dspark_markov"),
     "a record is deep": (_raw(RECORD, DEEP), DEPARTS, "cannot be read"),
     "a record of others": (_raw(RECORD, b'{"tensors":{}}'), DEPARTS, "not recorded"),
+    "tokenizer is a Git LFS pointer": (
+        _raw("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n"), DEPARTS,
+        "Git LFS pointer",
+    ),
+    "tokenizer is empty": (_raw("tokenizer.json", b""), DEPARTS, "is empty or"),
     "no tokenizer": (lambda files: files.pop("tokenizer.json"), SERVES, "no tokenizer"),
 }  # fmt: skip
 

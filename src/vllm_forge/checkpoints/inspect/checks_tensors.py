@@ -66,6 +66,8 @@ def files(profile: Profile) -> Iterator[Finding]:
         yield finding("total-size", total_size, size)
     if profile.tensors and TOKENIZER not in profile.source.sizes:
         yield finding("no-tokenizer")
+    elif profile.tensors and profile.source.lacks(TOKENIZER):
+        yield finding("pointer", TOKENIZER)
 
 
 def drafter(profile: Profile) -> Iterator[Finding]:
