@@ -545,3 +545,42 @@ def test_draft_without_a_sparse_kernel_stops_after_loading(
     with pytest.raises(serving.Refusal, match=words) as caught, startup.refused_late():
         startup._check_sparse_kernels(groups, build)
     assert caught.value.kind == "start"
+
+
+class DeepGemm:
+    """Stands for DeepGemmFp8BlockScaledMMKernel."""
+
+
+class Cutlass:
+    """A kernel that leaves weights as they are."""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stops"),
+    [
+        (DeepGemm(), False),
+        (SimpleNamespace(base=Cutlass(), fallback=DeepGemm()), False),  # by the batch's size
+        (Cutlass(), True),  # VLLM_USE_DEEP_GEMM=0
+        (SimpleNamespace(base=DeepGemm(), fallback=Cutlass()), True),
+        (None, False),  # BF16
+    ],
+    ids=["deep-gemm", "flashinfer-and-deep-gemm", "cutlass", "other-fallback", "unquantized"],
+)
+def test_output_projection_without_deep_gemms_layout_stops_in_the_first_forward(
+    kernel: Any, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace(DeepGemmFp8BlockScaledMMKernel=DeepGemm)
+    monkeypatch.setitem(sys.modules, startup.DEEP_GEMM, module)
+    layers = {
+        "model.layers.0.attn.wo_a": SimpleNamespace(
+            is_bmm=True, scheme=SimpleNamespace(fp8_linear=kernel)
+        ),
+        "model.layers.0.attn.wo_b": SimpleNamespace(scheme=SimpleNamespace(fp8_linear=Cutlass())),
+    }
+    build: Any = SimpleNamespace(model=SimpleNamespace(named_modules=layers.items), draft=None)
+    if not stops:
+        startup.check_first_forward(build)
+        return
+    with pytest.raises(serving.Refusal, match="wo_a needs the layout of DeepGemm") as caught:
+        startup.check_first_forward(build)
+    assert caught.value.kind == "start"

@@ -73,6 +73,11 @@ RIGHT: dict[str, str | dict[str, str]] = {
         "0.33": "drafts blocks of 5 tokens, not 7",
     },
     "mtp-of-another-drafter": "has a drafter for method dspark, not mtp",
+    # A workaround of many reports: the server stops in its first forward pass.
+    "no-deep-gemm": "wo_a needs the layout of DeepGemmFp8BlockScaledMMKernel, and vLLM takes",
+    "no-deep-gemm-sm120": "wo_a needs the layout of DeepGemmFp8BlockScaledMMKernel, and vLLM takes",
+    "attention-of-other-models": "TRITON_MLA is not for this model's attention",
+    "other-word-for-fp8": "",
     # Case 19.
     "unknown-parser": "deepseek-v4",
     "template-of-the-checkpoint": "does not render chats with its own code",

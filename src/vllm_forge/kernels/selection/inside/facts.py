@@ -62,7 +62,7 @@ def linear_facts(config: Any, model: Any) -> Facts | None:
         modules = [
             m for layer in layers if isinstance(layer, torch.nn.Module) for m in layer.modules()
         ]
-    kernels = [kernel for kernel in map(_block_kernel, modules) if kernel is not None]
+    kernels = [kernel for kernel in map(block_kernel, modules) if kernel is not None]
     if not kernels:
         return None
     names = sorted({type(kernel).__name__ for kernel in kernels})
@@ -74,7 +74,8 @@ def linear_facts(config: Any, model: Any) -> Facts | None:
     }
 
 
-def _block_kernel(module: Any) -> Any:
+def block_kernel(module: Any) -> Any:
+    """The kernel of an FP8-block linear layer, else None."""
     for owner in (getattr(module, "scheme", None), getattr(module, "quant_method", None)):
         kernel = getattr(owner, "fp8_linear", None)
         if kernel is not None:

@@ -275,3 +275,4 @@ def _fill(answer: Facts, question: Facts, folder: Path) -> None:
         startup.check_startup(config, models)
     if answer["attention"] is not None and answer["attention"]["error"]:
         raise Refusal("device", answer["attention"]["error"])
+    startup.check_first_forward(models)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .building import on_meta
+from .facts import block_kernel
 from .serving import Refusal, clean, explain, raised_in_vllm
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ PLANS_GROUPS = "get_global_kv_cache_groups"
 # The block pool has an object for each block.
 FEW_BLOCKS = 64
 DRAFT_LAYERS = "draft_layer_names"
+DEEP_GEMM = "vllm.model_executor.kernels.linear.scaled_mm.deep_gemm"
 SM120 = 120
 SPARSE_SM120 = "flashinfer.mla._sparse_mla_sm120"
 
@@ -42,6 +44,25 @@ def check_startup(config: Any, build: ModelBuild) -> None:
         prepare = _prepare_attention_v2 if config.use_v2_model_runner else _prepare_attention_v1
         _check_sparse_kernels(prepare(config, cache, build), build)
         _make_scheduler(config, cache)
+
+
+def check_first_forward(build: ModelBuild) -> None:
+    """Raise Refusal("start") where the output projection stops in the first forward pass.
+
+    Attention takes the FP8 weight out of wo_a, for DeepGEMM's fp8_einsum. That stops at a weight
+    with two dimensions, and only DeepGEMM's kernel of linear layers gives it three: deep_gemm.py,
+    line 103 of 0.22.1 and 0.26.0, 97 of 0.33.0. VLLM_USE_DEEP_GEMM, VLLM_DISABLED_KERNELS,
+    --linear-backend and --dtype change which kernel is taken.
+    """
+    wanted: Any = importlib.import_module(DEEP_GEMM).DeepGemmFp8BlockScaledMMKernel
+    models = (model for model in (build.model, build.draft) if model is not None)
+    for name, module in (item for model in models for item in model.named_modules()):
+        kernel = block_kernel(module) if getattr(module, "is_bmm", False) else None
+        if kernel is None or isinstance(getattr(kernel, "fallback", kernel), wanted):
+            continue
+        layer, taken = name.rpartition(".")[2], type(kernel).__name__
+        what = f"{layer} needs the layout of {wanted.__name__}, and vLLM takes {taken}"
+        raise Refusal("start", f"{what}: fp8_einsum stops at it in the first forward pass")
 
 
 @contextlib.contextmanager
