@@ -220,7 +220,7 @@ def _test(
     if len(candidate.rows) == len(reference.rows) == len(families):  # each was answered once
         gained, lost = sum(mean > 0 for mean in means), sum(mean < 0 for mean in means)
         return statistics.paired_shares(gained, lost, len(means), margin)
-    return statistics.clustered(means, margin)
+    return statistics.clustered(means, [len(values) for values in families.values()], margin)
 
 
 def _means(rows: Sequence[Row], score: str, *, truncated: float | None) -> dict[str, float]:

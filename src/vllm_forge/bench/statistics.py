@@ -5,7 +5,8 @@ the margin or more; ``fails`` for the hypothesis that it is the margin or less. 
 its hypothesis; with too little data both are large, and nothing is decided.
 
 Sources: McNemar, Psychometrika 12 (1947); Tango, Stat. Med. 17 (1998) 891; Newcombe, Stat. Med. 17
-(1998) 873; Agresti and Min, Stat. Med. 24 (2005) 729; Holm, Scand. J. Stat. 6 (1979) 65.
+(1998) 873; Agresti and Min, Stat. Med. 24 (2005) 729; Hall, J. R. Stat. Soc. B 54 (1992) 221; Holm,
+Scand. J. Stat. 6 (1979) 65.
 """
 
 import bisect
@@ -131,17 +132,21 @@ def paired_shares(gained: int, lost: int, of: int, margin: float) -> Margin:
     return Margin(interval, float(stats.norm.sf(score)), float(stats.norm.cdf(score)), of)
 
 
-def clustered(differences: Sequence[float], margin: float) -> Margin:
-    """Mean difference of items, or families of them, each an average of repeats; -1 to 1.
+def clustered(differences: Sequence[float], sizes: Sequence[int], margin: float) -> Margin:
+    """Mean difference of all items; each of -1 to 1 is the mean of a cluster of so many items.
 
     Student's t with the two pseudo-items of Agresti and Min: without them, items that do not differ
     would have an interval of no width, however few they are.
     """
-    rows = np.asarray(differences, float)
+    weights = np.asarray(sizes, float)
+    rows = np.asarray(differences, float) * weights / weights.mean()
     of = len(rows) + 2
     value = float(rows.sum()) / of
     error = math.sqrt(float((rows**2).sum()) + 1 - of * value**2) / of
-    return _student(value, error, len(rows), margin)
+    freedom = max(_equal_units(weights) - 1, 0.1)  # of one cluster, too, which decides nothing
+    found = _student(value, error, len(rows), margin, freedom=freedom)
+    interval = Interval(value, max(-1.0, found.difference.low), min(1.0, found.difference.high))
+    return found._replace(difference=interval)
 
 
 def acceptance(
@@ -154,7 +159,8 @@ def acceptance(
     The ratio estimator with the prompt as its unit: drafts of a prompt are not independent. Its
     error is the jackknife's, and its degrees of freedom are of as many equal prompts as would weigh
     the same: a few long answers may have most of the drafts. The error is at least that of one
-    draft, so that equal arms have an interval, too.
+    draft, so that equal arms have an interval, too. A loss of a few prompts makes t too liberal, so
+    it must hold if it is corrected for their skewness, too.
     """
     arms = [np.asarray(rows, float) for rows in (candidate, reference)]
     rates = [float(arm[:, 0].sum() / arm[:, 1].sum()) for arm in arms]
@@ -162,10 +168,17 @@ def acceptance(
         (arm[:, 0].sum() - arm[:, 0]) / (arm[:, 1].sum() - arm[:, 1]) for arm in arms
     ]  # each prompt in turn
     prompts, weights = len(candidate), arms[0][:, 1] + arms[1][:, 1]
-    spread = math.sqrt(prompts - 1) * float((without[0] - without[1]).std())
+    changes = without[1] - without[0]
+    spread = math.sqrt(prompts - 1) * float(changes.std())
     error = max(spread, 1 / float(arms[1][:, 1].sum()))
-    freedom = float(weights.sum() ** 2 / (weights**2).sum()) - 1
-    return _student(rates[0] - rates[1], error, prompts, margin, freedom)
+    skewness = float(stats.skew(changes)) if spread > EDGE else 0.0
+    freedom = _equal_units(weights) - 1
+    return _student(rates[0] - rates[1], error, prompts, margin, freedom=freedom, skewness=skewness)
+
+
+def _equal_units(weights: Any) -> float:
+    """How many units of equal weight have the same variance."""
+    return float(weights.sum() ** 2 / (weights**2).sum())
 
 
 def steady(found: Margin, differences: Sequence[float], margin: float) -> Margin:
@@ -183,7 +196,7 @@ def speed(candidate: Sequence[float], reference: Sequence[float], margin: float)
     """Rates of servers, a pair for each pair of starts; ``margin`` is a share of the reference.
 
     Student's t on the log ratios. Its p counts only where a test that counts patterns of signs
-    agrees, which assumes no distribution and needs five pairs to decide anything.
+    agrees, which assumes only symmetry, and needs five pairs to decide anything.
     """
     logs = np.log(np.asarray(candidate, float) / np.asarray(reference, float))
     pairs, limit = len(logs), math.log1p(-margin)
@@ -213,10 +226,21 @@ def _sign_flip(values: Any) -> float:
 
 
 def _student(
-    value: float, error: float, units: int, margin: float, freedom: float | None = None
-) -> Margin:
+    value: float, error: float, units: int, margin: float, *, freedom: float | None = None,
+    skewness: float = 0.0,
+) -> Margin:  # fmt: skip
+    """Student's t; and after Hall's transformation for ``skewness``: what is less certain."""
     freedom = units - 1 if freedom is None else freedom
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
-    score = (value + margin) / error
-    passes, fails = float(stats.t.sf(score, freedom)), float(stats.t.cdf(score, freedom))
-    return Margin(Interval(value, value - reach, value + reach), passes, fails, units)
+    reach, score = float(stats.t.ppf((1 + LEVEL) / 2, freedom)), (value + margin) / error
+    scores, reaches = [score], [reach, -reach]
+    if abs(bend := skewness / math.sqrt(freedom + 1)) > EDGE:
+        scores.append(((1 + bend * score / 3) ** 3 - 1) / bend + bend / 6)
+        reaches += [
+            3 / bend * (float(np.cbrt(1 + bend * (end - bend / 6))) - 1) for end in (reach, -reach)
+        ]
+    passes, fails = (
+        float(stats.t.sf(min(scores), freedom)),
+        float(stats.t.cdf(max(scores), freedom)),
+    )
+    interval = Interval(value, value - max(reaches) * error, value - min(reaches) * error)
+    return Margin(interval, passes, fails, units)

@@ -63,7 +63,7 @@ def test_balanced_flips_of_many_items_pass() -> None:
 
 
 def test_items_without_a_difference_have_an_interval() -> None:
-    found = statistics.clustered([0.0] * 30, 0.01)
+    found = statistics.clustered([0.0] * 30, [1] * 30, 0.01)
     reach = stats.t.ppf((1 + LEVEL) / 2, 29) / 32  # Agresti and Min: two items more, one flip
     assert found.difference == pytest.approx((0, -reach, reach))
     assert found.passes > ALPHA
@@ -116,12 +116,44 @@ def test_repeats_of_an_item_are_one_unit(rng: np.random.Generator) -> None:
         truth = rng.uniform(0.4, 1, size=(2, 60))
         scores = rng.binomial(8, truth) / 8
         differences = scores[0] - scores[1]
-        found = statistics.clustered(list(differences), 0.01).difference
+        found = statistics.clustered(list(differences), [1] * 60, 0.01).difference
         covered += found.low < 0 < found.high
         error = math.sqrt(2 * 0.7 * 0.3 / 480)  # as if all answers were independent
         naive += abs(differences.mean()) < Z * error
     assert LEVEL - NOMINAL < covered / RUNS < LEVEL + 0.03
     assert naive / RUNS < LEVEL - 0.05
+
+
+def test_families_count_by_their_items(rng: np.random.Generator) -> None:
+    """The loss of 2 pp is in one family of 1,000 items; 200 items are alone."""
+    loss = [-0.02, *[0.0] * 200]
+    found = statistics.clustered(loss, [1000, *[1] * 200], 0.01)
+    assert found.difference.value == pytest.approx(-20 / 1200, rel=0.02)
+    assert found.passes > ALPHA
+    alone = statistics.clustered([-0.02], [1000], 0.01)
+    assert (alone.difference.low, alone.difference.high) == (-1, 1)
+    assert min(alone.passes, alone.fails) > ALPHA
+    passed = 0
+    for _ in range(RUNS):  # a loss of 1 pp; families of 1 to 50 items vary by 5 pp
+        sizes = rng.integers(1, 51, size=400)
+        family = rng.normal(-0.01, 0.05, size=400) + rng.normal(0, 0.3, 400) / np.sqrt(sizes)
+        passed += statistics.clustered(list(family), list(sizes), 0.01).passes < ALPHA
+    assert passed / RUNS < ALPHA + NOMINAL
+
+
+def test_loss_of_few_prompts_is_not_passed(rng: np.random.Generator) -> None:
+    """3 % of 164 prompts lose 33 pp, 1 pp in all; their long drafts have little other noise."""
+    passed = 0
+    for _ in range(RUNS // 2):
+        drafted = 10 * np.maximum(5, rng.lognormal(4, 0.8, size=164).astype(int))
+        base, loss = rng.beta(60, 1.5, size=164), 0.01 / 0.03 * (rng.random(164) < 0.03)
+        rates = [np.clip(base - loss, 0, 1), base]
+        arms = [np.stack([rng.binomial(drafted, rate), drafted], axis=1) for rate in rates]
+        found = statistics.acceptance(arms[0].tolist(), arms[1].tolist(), 0.01)
+        passed += found.passes < ALPHA
+        inside = found.difference.low > -0.01
+        assert not (inside and found.passes >= ALPHA)
+    assert 2 * passed / RUNS < ALPHA + 1.5 * NOMINAL
 
 
 def test_acceptance_is_clustered_by_prompt(rng: np.random.Generator) -> None:
