@@ -132,7 +132,12 @@ def write_records(project: Project) -> None:
         "environment": {"lock_sha256": project.lock("mini").digest},
         "tests": digest_of_tests(project.root),
         "patches": [
-            {"name": patch.name, "proves": patch.proves, "with": {"passed": 1}}
+            {
+                "name": patch.name,
+                "proves": patch.proves,
+                "with": {"passed": 1},
+                "without": {"why": "KeyError"},
+            }
             for patch in read_series(project.root / line.series)
         ],
     }

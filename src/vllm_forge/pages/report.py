@@ -109,8 +109,7 @@ def _evidence(project: Project, receipts: Sequence[Receipt]) -> Table:
 def _patches(project: Project) -> Iterator[Table]:
     """Each line's series; a proof counts if it was recorded of the present inputs."""
     for name, line in project.matrix.line.items():
-        record = fresh_record(project, name) or {}
-        why = {patch: row["without"]["why"] for patch, row in record.items()}
+        why = fresh_record(project, name) or {}
         rows = []
         for patch in read_series(project.root / line.series):
             summary = Cell(patch.summary, href=_link(patch.fields["Bug"]))

@@ -43,25 +43,25 @@ def digest_of_tests(root: Path) -> str:
     return hash_of(rows, sort_keys=True)
 
 
-def fresh_record(project: Project, line_name: str) -> dict[str, dict[str, Any]] | None:
-    """Patch -> its row of the line's record; None if that is of other inputs.
+def fresh_record(project: Project, line_name: str) -> dict[str, str] | None:
+    """Patch -> why its proof is red without it; None if the record is of other inputs.
 
     It is only written when all are red without and green with their patch.
     """
     line = project.matrix.line[line_name]
     folder = project.root / line.series
-    found, rows = project.read_json(
+    inputs, proofs, why = project.read_json(
         f"records/proofs/{line_name}.json",
         lambda data: (
             (data["trees"]["result"], data["environment"]["lock_sha256"], data.get("tests")),
-            {row["name"]: row for row in data["patches"] if row["with"].get("passed")},
+            {row["name"]: row["proves"] for row in data["patches"] if row["with"].get("passed")},
+            {row["name"]: str(row["without"]["why"]) for row in data["patches"]},
         ),
     )
     tree = read_tree_lock(folder, line_name).result
     now = (tree, project.lock(line_name).digest, digest_of_tests(project.root))
-    proofs = {patch.name: patch.proves for patch in read_series(folder)}
-    recorded = {name: row["proves"] for name, row in rows.items()}
-    return rows if (found, recorded) == (now, proofs) else None
+    wanted = {patch.name: patch.proves for patch in read_series(folder)}
+    return why if (inputs, proofs) == (now, wanted) else None
 
 
 class TestRun(FrozenModel):

@@ -147,6 +147,10 @@ def change_proof(data: Any) -> None:
     data["patches"][0]["proves"] += "_of_less"
 
 
+def lose_proof(data: Any) -> None:
+    del data["patches"][0]["proves"]
+
+
 def drop_proof(data: Any) -> None:
     data["patches"].pop()
 
@@ -191,6 +195,7 @@ def lose_kernel(data: Any) -> None:
         ("coverage", change_coverage_lock, "kernel coverage of line 0.26 was recorded of other"),
         ("coverage", lose_kernel, "kernels of torch are missing on b300"),
         ("proofs", dict.clear, "invalid record: missing key"),
+        ("proofs", lose_proof, "invalid record: missing key"),
         ("upstream", dict.clear, "invalid record: missing key"),
         ("coverage", dict.clear, "invalid record: missing key"),
     ],
