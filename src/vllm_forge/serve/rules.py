@@ -250,7 +250,7 @@ def backend_is_the_one_asked_for(case: LintCase) -> Problems:
         "--attention-backend": "is not for this model's attention",
     }
     for flag, choice in zip(lacks, (case.answer.moe, case.answer.attention), strict=True):
-        asked = _value(case, flag)
+        asked = _value(case, flag) or _value(case, flag.replace("-backend", "-config.backend"))
         if asked in {"", "auto"} or choice is None or choice.chosen is None:
             continue
         if asked.upper() not in choice.chosen:

@@ -396,6 +396,8 @@ def test_attention_that_is_passed_over_is_a_finding(case: Callable[..., LintCase
     flags = ("--kv-cache-dtype=fp8", "--attention-backend=triton_mla")
     words = "asks for --attention-backend=triton_mla, and vLLM 0.26.0 takes FLASHMLA_SPARSE_DSV4"
     assert words in only(judge(case(said, flags=flags))).what
+    flags = ("--kv-cache-dtype=fp8", "--attention-config.backend=TRITON_MLA")
+    assert "takes FLASHMLA_SPARSE_DSV4" in only(judge(case(said, flags=flags))).what
     for taken in ("auto", "FLASHMLA_SPARSE", "flashmla_sparse_dsv4"):
         flags = ("--kv-cache-dtype=fp8", f"--attention-backend={taken}")
         assert judge(case(said, flags=flags)) == []
