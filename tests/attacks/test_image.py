@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -189,6 +190,24 @@ def test_scrubbed_rootfs_has_no_setuid_programs_and_no_bytecode(tmp_path: Path) 
     assert not (tmp_path / "usr/lib/__pycache__").exists()
     modes = {path.name: path.stat().st_mode & 0o7777 for path in (tmp_path / "usr/bin").iterdir()}
     assert modes == {"su": 0o755, "chage": 0o755, "ls": 0o755}
+
+
+def test_scrubbed_rootfs_has_nothing_of_the_host_that_built_it(tmp_path: Path) -> None:
+    """mmdebstrap copies /etc/hostname and /etc/resolv.conf with their modes."""
+    found = []
+    for host, mode in (("one", 0o644), ("two", 0o600)):
+        (etc := tmp_path / host / "etc").mkdir(parents=True)
+        (etc / "machine-id").touch()
+        for name in ("hostname", "resolv.conf"):
+            (etc / name).write_text(host)
+            (etc / name).chmod(mode)
+        before = os.umask(0o077 if host == "two" else 0o022)
+        try:
+            subprocess.run(["sh", "-c", SCRUB, "sh", str(tmp_path / host)], check=True)
+        finally:
+            os.umask(before)
+        found.append({p.name: (p.read_bytes(), p.stat().st_mode) for p in etc.iterdir()})
+    assert found[0] == found[1]
 
 
 def test_import_from_the_working_directory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

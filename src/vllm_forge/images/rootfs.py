@@ -59,6 +59,10 @@ SCRUB = (
     'cd "$1" && rm -rf etc/apt/sources.list etc/apt/sources.list.d var/cache/ldconfig/aux-cache '
     "var/cache/apt/*.bin var/log/apt var/log/dpkg.log var/log/alternatives.log "
     "var/log/bootstrap.log && : > etc/machine-id "
+    # mmdebstrap copies both with their modes from the host that builds. Engines mount others over
+    # them. These are the bytes that receipts are of; empty files need the next digest.
+    "&& rm -f etc/hostname etc/resolv.conf && echo vm > etc/hostname "
+    "&& echo nameserver 10.255.255.53 > etc/resolv.conf && chmod 755 etc/hostname etc/resolv.conf "
     # Bytecode differs from run to run; nobody in a container needs to become another user.
     "&& find . -xdev -name __pycache__ -prune -exec rm -rf {} + "
     "&& find . -xdev -type f -perm /6000 -exec chmod ug-s {} +"
