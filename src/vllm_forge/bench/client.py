@@ -39,6 +39,8 @@ METRICS = {
     "tokens": "vllm:generation_tokens_total",
 }
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+# A time and an exemplar may follow the value.
+SAMPLE = re.compile(r'([\w:]+)(?:\{(?:[^"{}]|"(?:[^"\\]|\\.)*")*\})?[ \t]+(\S+)')
 POSITION = re.compile(r'position="(\d{1,3})"')
 DRAFTING = {"drafts", "draft_tokens", "accepted"}  # a server that does not draft has none of them
 COUNTED_S = 30.0  # in which a step is counted whose answer was sent
@@ -151,12 +153,14 @@ def _parse_counters(text: str) -> Counters:
     sums: dict[str, int] = {}
     positions: dict[int, int] = {}
     for line in text.splitlines():
-        name = line.partition("{")[0].partition(" ")[0]
+        if (sample := SAMPLE.match(line)) is None:
+            continue
+        name, value = sample.groups()
         if name in METRICS.values():
-            sums[name] = sums.get(name, 0) + _count(line.rpartition(" ")[2])
+            sums[name] = sums.get(name, 0) + _count(value)
         elif name == PER_POSITION and (place := POSITION.search(line)):
             at = int(place[1])
-            positions[at] = positions.get(at, 0) + _count(line.rpartition(" ")[2])
+            positions[at] = positions.get(at, 0) + _count(value)
     drafting = {METRICS[key] for key in DRAFTING}
     missing = METRICS.values() - sums.keys()
     if drafting <= missing and not positions:
@@ -213,9 +217,9 @@ class _Stream:
         self.size += len(line)
         if self.size > LARGEST_ANSWER:
             raise ValueError(f"more than {LARGEST_ANSWER} bytes")
-        if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+        if not line.startswith(b"data:") or (data := line[5:].strip()) == b"[DONE]":
             return
-        chunk = json.loads(line.removeprefix(b"data: "))
+        chunk = json.loads(data)
         self.usage = (chunk.get("usage") or {}).get("completion_tokens", self.usage)
         for choice in chunk["choices"]:
             if count := len(choice.get("token_ids") or ()):

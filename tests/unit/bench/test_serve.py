@@ -511,6 +511,32 @@ def test_missing_counter_is_not_a_zero(name: str, monkeypatch: pytest.MonkeyPatc
         read_counters(server.url)
 
 
+@pytest.mark.parametrize("after", [" 1764547200000", ' # {trace_id="x"} 1.0 1764547200.0'])
+def test_value_of_a_counter_is_what_follows_its_labels(
+    after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = bench_server.METRICS.replace('engine="0"', 'engine="0",model_name="a}} b 9"')
+    after = after.replace("{", "{{").replace("}", "}}")
+    monkeypatch.setattr(bench_server, "METRICS", lines.replace("f}\n", f"f}}{after}\n"))
+    with BenchServer() as server:
+        server.counts.update(tokens=7, prefix_hits=3)
+        found = read_counters(server.url)
+    assert (found.tokens, found.prefix_hits, found.per_position) == (7, 3, (0, 0))
+
+
+def test_event_needs_no_space_after_its_name(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("chunk", "usage"):
+        make = getattr(bench_server, name)
+        monkeypatch.setattr(
+            bench_server,
+            name,
+            lambda *a, make=make, **k: make(*a, **k).replace(b"data: ", b"data:"),
+        )
+    with BenchServer() as server:
+        run(server, output)
+    assert len(read_arm(output).rows) == 4
+
+
 def test_workload_has_texts_and_chats(tmp_path: Path) -> None:
     path = tmp_path / "w.jsonl"
     chat = [{"role": "user", "content": "hi"}]
