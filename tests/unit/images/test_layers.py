@@ -600,6 +600,6 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_damaged_layer_is_written_again(name: str, layer: StoredLayer, wheel: Path) -> None:
     DAMAGE[name](layer.blob.path.parent)
     assert stored("key") is None
-    with pytest.raises(CacheError, match="deleted or damaged"):
+    with pytest.raises(CacheError, match="not in the cache, or is damaged"):
         require_stored("key")
     assert write_layer("key", entries_of(wheel), EPOCH) == layer
