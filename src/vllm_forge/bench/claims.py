@@ -199,6 +199,8 @@ class Derived(_Claim):
             raise ValueError(f"unknown rule {self.rule!r}{suggestion(self.rule, RULES)}")
         if rule.takes not in {None, len(self.of)}:
             raise ValueError(f"rule {self.rule} takes {rule.takes} numbers, not {len(self.of)}")
+        if self.arms and (self.rule != "ratio" or float(self.value) <= 0):
+            raise ValueError("arms are of a ratio above 0")
         return self
 
 
@@ -311,6 +313,12 @@ class Published(FrozenModel):
     workload: Name
     concurrency: int = Field(gt=0)
     value: Printed
+
+    @model_validator(mode="after")
+    def _is_a_rate(self) -> Self:
+        if float(self.value) <= 0:
+            raise ValueError(f"{self.value} is not a rate")
+        return self
 
 
 class Raw(FrozenModel):

@@ -340,8 +340,9 @@ def _wait(process: "subprocess.Popen[bytes]", plan: Plan, log: Path) -> float:
 def _say(journal: Journal, plan: Plan, order: int) -> None:
     done = [row for row in journal.attempts if row.state == "done"]
     left = (len(plan.turns) - len(done)) * statistics.fmean(row.seconds for row in done)
-    text = f"start {order + 1} of {len(plan.turns)}, arm {done[-1].arm}: {done[-1].seconds:.0f} s"
-    console.print(f"{text}; about {left / 60:.1f} min left", markup=False)
+    text = f"start {order} of arm {done[-1].arm}: {done[-1].seconds:.0f} s"
+    text += f"; {len(done)} of {len(plan.turns)} are done, about {left / 60:.1f} min left"
+    console.print(text, markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

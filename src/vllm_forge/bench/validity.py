@@ -1,6 +1,7 @@
 """Reasons to refuse a result, or a comparison: each would make a verdict on it worthless."""
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,10 +64,10 @@ def faults(arm: Arm) -> Iterator[str]:
         yield f"its starts ran different kernels: {_unequal(first, second)}"
     for index, start in enumerate(starts):
         if start.cached == 0 and start.compiled:
-            yield f"start {index}: the caches were cold: it compiled {start.compiled} files"
+            yield f"start {start.order}: the caches were cold: it compiled {start.compiled} files"
         if start.window is not None:
             texts = _window_faults(start.window, arm.of_start(index), arm.result.conditions)
-            yield from (f"start {index}: {text}" for text in texts)
+            yield from (f"start {start.order}: {text}" for text in texts)
 
 
 def _answer_faults(arm: Arm) -> Iterator[str]:
@@ -98,7 +99,9 @@ def _window_faults(window: Window, rows: list[Row], conditions: Conditions) -> I
     if not conditions.prefix_cache and change["prefix_hits"] > 0:
         yield f"{change['prefix_hits']} prefix-cache hits, which the conditions do not declare"
     if files := window.new_files:
-        yield f"{len(files)} files were compiled in the window ({_some(files)})"
+        folder = os.path.commonprefix(files).rpartition("/")[0]
+        names = _some([name.rpartition("/")[2] for name in files])
+        yield f"{len(files)} files were compiled in the window (in {folder}: {names})"
     yield from slowdowns(window.gpus_before, window.gpus_after)
     if window.headroom < HEADROOM:
         yield f"client headroom {window.headroom:.1f} is below {HEADROOM:g}"

@@ -324,6 +324,8 @@ def test_changed_raw_results_are_refused(
         ({"kind": "deriven"}, "unknown kind 'deriven': expected single, bare, comparison"),
         ({"kind": "range", "values": ["1"], "low": math.nan, "high": 1}, "low: .*finite"),
         (derived("1", "ratio", "1"), "takes 2 numbers, not 1"),
+        (derived("0", "ratio", "0", "1", arms=["a"]), "arms are of a ratio above 0"),
+        (derived("95", "more-by", "1", "2", arms=["a"]), "arms are of a ratio above 0"),
         (comparison(31, 30, 30, "higher"), "31 of 30 cannot be right"),
         ({"kind": "single", "share": {"arm": "a", "of": 30, "value": "91.8"}}, "as 0.918"),
         ({"kind": "single", "share": {"arm": "a", "of": 30}}, "expected right or value"),
@@ -336,6 +338,14 @@ def test_changed_raw_results_are_refused(
 def test_invalid_rows_are_refused(claim: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_claims(rows(claim))
+
+
+@pytest.mark.parametrize("value", ["0", "0.00", "-3"])
+def test_published_rate_is_above_zero(value: str) -> None:
+    published = {"arm": "a", "workload": "w", "concurrency": 1, "value": value}
+    served = {"a": {"preset": "p", "artifact": "q"}}
+    with pytest.raises(ValueError, match=f"{value} is not a rate"):
+        parse_claims({**rows(), "serve": served, "published": [published]})
 
 
 OTHER = """card = "x"

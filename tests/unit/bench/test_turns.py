@@ -124,7 +124,7 @@ def test_each_start_has_a_server_of_its_own(
     output = run(planned())
     assert attempts(output) == [(0, "a", "done"), (1, "b", "done"), (2, "b", "done"),
                                 (3, "a", "done")]  # fmt: skip
-    assert "start 4 of 4, arm a" in capsys.readouterr().err
+    assert "start 3 of arm a: " in capsys.readouterr().err
     assert len(list((output / "logs").iterdir())) == 4
     assert json.loads((output / JOURNAL).read_text())["concurrency"] == [1, 2]
     for concurrency in (1, 2):
@@ -229,6 +229,11 @@ def test_failed_start_is_not_repeated_unasked(
         assert attempts(output) == [(0, "a", "failed"), (0, "a", "done"), (1, "b", "done")]
         (start,) = read_arm(record_path(output, "a", 1)).result.starts
         assert (start.cached, start.compiled) == (1, 0)
+
+
+def test_fault_names_the_start_by_its_order(planned: Callable[..., Path]) -> None:
+    with pytest.raises(InvalidResultError, match="start 1: the caches were cold"):
+        run(planned(b="jit", starts=1))
 
 
 def test_servers_port_must_be_free(planned: Callable[..., Path], free_port: int) -> None:
