@@ -357,6 +357,7 @@ def check_machine(host: Host, deployment: Deployment, needs: Needs) -> Iterator[
     """Processor, kernel modules, health of the GPUs and what connects them."""
     replies, matrix = host.machine, deployment.matrix
     yield from machine.processor(replies["uname"], matrix.base.platform)
+    yield from machine.names(replies)
     capability = deployment.cell.sku.compute_capability
     if host.gpus or not replies["nvidia-module"].code:
         yield from machine.kernel_modules(

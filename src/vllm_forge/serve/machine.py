@@ -1,6 +1,7 @@
 """The machine below the GPUs: processor, kernel modules, health, links between GPUs, toolkit."""
 
 import re
+import socket
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import Literal
 from packaging.version import Version
 
 from vllm_forge.host import Probe, Reply
-from vllm_forge.host.probe import HEALTH_FIELDS, NOT_APPLICABLE, Gpu
+from vllm_forge.host.probe import HEALTH_FIELDS, NOT_APPLICABLE, TIMED_OUT, Gpu
 from vllm_forge.matrix import KernelModules
 
 # Name of a question -> its command. All of them only read.
@@ -26,6 +27,9 @@ QUESTIONS: dict[str, Sequence[str]] = {
     "iommu": ("grep", "-rs", ".", "--include=type", "/sys/kernel/iommu_groups"),
     "pci-bridges": ("lspci", "-vv", "-d", "::0604"),  # bridges alone
     "nvidia-runtime": ("cat", "/etc/nvidia-container-runtime/config.toml"),
+    "own-name": ("timeout", "2", "getent", "ahosts", socket.gethostname()),
+    # Of a documentation network (RFC 5737): only a name server knows whether it has a name.
+    "name-server": ("timeout", "2", "getent", "-s", "dns", "hosts", "192.0.2.1"),
     "nvidia-char": ("find", "/dev/char", "-lname", "*nvidia[0-9]*"),
 }  # fmt: skip
 NCCL_GUIDE = (
@@ -91,6 +95,20 @@ def processor(reply: Reply, platform: str) -> Iterator[HostFinding]:
         return
     needed = f"{built}: images are built for it alone"
     yield judged("processor", seen == built, seen, needed, f"use a host with a {built} processor")
+
+
+def names(replies: Mapping[str, Reply]) -> Iterator[HostFinding]:
+    """Names of hosts that are found, or not, at once; vLLM's processes wait for each."""
+    needed = "an answer within 2 s: otherwise each start of vLLM takes 10 to 40 s longer"
+    asked = {name: replies[name] for name in ("own-name", "name-server")}
+    if absent := [name for name, reply in asked.items() if reply.missing]:
+        yield _unread("host names", absent[0], asked[absent[0]], needed)
+        return
+    slow = [name.replace("-", " ") for name, reply in asked.items() if reply.code == TIMED_OUT]
+    seen = f"no answer: {', '.join(slow)}" if slow else "answered"
+    remedy = "serve with --env 'RES_OPTIONS=timeout:1 attempts:1', or repair /etc/resolv.conf; "
+    remedy += "without a container: names in /etc/hosts (docs/operate/offline.md)"
+    yield judged("host names", not slow, seen, needed, remedy, failed="unknown")
 
 
 def kernel_modules(

@@ -196,6 +196,7 @@ def test_an_invented_variable_is_a_finding(case: Callable[..., LintCase]) -> Non
         "NCCL_P2P_DISABLE", "NCCL_IB_ECE_ENABLE", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS",
         "FLASHINFER_DISABLE_VERSION_CHECK", "FLASHINFER_CUBIN_DIR", "HF_HUB_OFFLINE",
         "TORCH_NCCL_NAN_CHECK", "DG_JIT_DEBUG", "CUDA_DEVICE_ORDER", "https_proxy",
+        "RES_OPTIONS",
     ],
 )  # fmt: skip
 def test_variables_of_other_libraries_are_accepted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_forge.host import Reply, printable
+from vllm_forge.host import HostProbe, Reply, printable
+from vllm_forge.host.probe import TIMED_OUT
 from vllm_forge.matrix import image_cell, load
 from vllm_forge.serve.deployment import Deployment, Needs, find_deployment, needs_of
 from vllm_forge.serve.doctor import ask_host, judge, page
-from vllm_forge.serve.machine import link_kinds
+from vllm_forge.serve.machine import QUESTIONS, link_kinds
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
@@ -120,6 +122,36 @@ def test_recording_without_the_new_files_does_not_fail(
         "unknown",
         True,
     )
+
+
+@pytest.mark.parametrize(
+    ("silent", "seen"),
+    [
+        (("own-name",), "no answer: own name"),
+        (("name-server",), "no answer: name server"),
+        (("own-name", "name-server"), "no answer: own name, name server"),
+    ],
+)
+def test_silent_name_server_is_found_and_does_not_fail(
+    silent: tuple[str, ...], seen: str, recorded: Recorded, diagnose: Diagnose
+) -> None:
+    """Where packets to a name server are lost, each lookup of c10d and Gloo takes 10 s."""
+    folder = recorded("b300")
+    for name in silent:
+        (folder / f"{name}.code").write_text("124\n")
+    (found,) = [finding for finding in diagnose(folder, "b300") if finding.level != "ok"]
+    assert (found.check, found.level, found.seen) == ("host names", "unknown", seen)
+    assert "RES_OPTIONS=timeout:1 attempts:1" in found.remedy
+
+
+def test_lookups_of_names_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is run below timeout(1), whose exit code says that there was no answer."""
+    for name in ("own-name", "name-server"):
+        assert QUESTIONS[name][:3] == ("timeout", "2", "getent")
+    (tmp_path / "getent").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "getent").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert HostProbe().ask("own-name", ["timeout", "0.01", "getent"]).code == TIMED_OUT
 
 
 def test_iommu_that_is_off_has_no_groups(recorded: Recorded, diagnose: Diagnose) -> None:
