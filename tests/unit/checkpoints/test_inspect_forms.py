@@ -146,6 +146,11 @@ def _extra(name: str, dtype: str, *shape: int) -> Callable[[Case], None]:
     return lambda case: case.rows.update({name: (dtype, shape)})
 
 
+def _half_scales(dtype: str, zero: bool, case: Case) -> None:
+    case.dtype("_global_scale", dtype)
+    case.ones[dtype] = bytes(2) if zero else {"BF16": b"\x80\x3f", "F16": b"\x00\x3c"}[dtype]
+
+
 def _plain_wo_b(case: Case) -> None:
     name = "layers.0.attn.wo_b"
     case.rows[f"{name}.weight"] = ("BF16", case.rows[f"{name}.weight"][1])
@@ -251,6 +256,15 @@ FORMS: dict[str, tuple[str, Callable[[Case], Any], tuple[str, str, str], str]] =
     ),
     "half of a fused module ignored": (
         "card", _ignore(r"re:.*layers\.0\.attn\.wq_a$"), (MTP, MTP, NOT), "part of a fused module",
+    ),
+    "global scales in BF16": (
+        "card", partial(_half_scales, "BF16", False), (MTP, MTP, MTP), "that vLLM converts",
+    ),
+    "global scales in FP16": (
+        "card", partial(_half_scales, "F16", False), (MTP, MTP, MTP), "that vLLM converts",
+    ),
+    "global scales of zero in BF16": (
+        "card", partial(_half_scales, "BF16", True), (NOT, NOT, NOT), "not positive numbers",
     ),
     "FP16": (
         "card", lambda case: case.config.update(torch_dtype="float16"), (NOT, NOT, NOT),

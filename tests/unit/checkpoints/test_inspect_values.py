@@ -143,6 +143,7 @@ def _inverted(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
 FAULTS = {
     "swapped-nibbles": _on("0.w2.weight_packed", lambda b: (b << np.uint8(4)) | (b >> np.uint8(4))),
     "inverted-global-scale": _on("1.w2.weight_global_scale", _inverted),
+    "zero-global-scale": _on("1.w2.weight_global_scale", np.zeros_like),
     "dropped-block-scale": _on("1.w1.weight_scale", lambda b: np.full_like(b, 0x38)),
     "nan-block-scale": _on("1.w1.weight_scale", lambda b: np.full_like(b, 0x7F)),
     "rolled-fp8-codes": _on("layers.0.attn.wo_b.weight", lambda b: np.roll(b, 1)),

@@ -163,7 +163,7 @@ def _other_name(name: str) -> str:
 
 SINGLE = ("weight_global_scale", "input_global_scale", "weight_scale_2", "input_scale")
 SHARED = ("weight_global_scale", "weight_scale_2")
-FLOAT_BYTES = 4
+SINGLE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # what vLLM takes for one
 GAP = 1 << 16  # bytes between two scalars that are read in one go rather than in two
 MOST_RUN = 1 << 24  # bytes read in one go
 MATRIX = 2  # dimensions
@@ -265,11 +265,13 @@ def single_scales(profile: Profile) -> Iterator[Finding]:
 
 
 def read_scalars(profile: Profile) -> dict[str, float]:
-    """The values of all single FP32 scales, reading those bytes and small gaps between them."""
+    """The values of all single scales, reading those bytes and small gaps between them."""
     names = {
         tensor: name
         for name, tensor in profile.tensors.items()
-        if name.rpartition(".")[2] in SINGLE and (tensor.dtype, tensor.size) == ("F32", FLOAT_BYTES)
+        if name.rpartition(".")[2] in SINGLE
+        and tensor.dtype in SINGLE_BYTES
+        and tensor.size == SINGLE_BYTES[tensor.dtype]
     }
     runs: list[list[StoredTensor]] = []
     for tensor in sorted(names, key=lambda tensor: (tensor.shard, tensor.begin)):
@@ -283,7 +285,9 @@ def read_scalars(profile: Profile) -> dict[str, float]:
         first, last = run[0], run[-1]
         data = profile.source.read(first.shard, first.begin, last.end)
         for tensor in run:
-            (scalars[names[tensor]],) = struct.unpack_from("<f", data, tensor.begin - first.begin)
+            number = data[tensor.begin - first.begin : tensor.end - first.begin]
+            code, above = ("<e", b"") if tensor.dtype == "F16" else ("<f", bytes(4 - len(number)))
+            (scalars[names[tensor]],) = struct.unpack(code, above + number)  # BF16: half of FP32
     return scalars
 
 

@@ -113,9 +113,10 @@ def _ratio(made: Profile, source: Profile, module: str, kind: Format) -> float:
         return math.inf
     weights = [_read(source, f"{name}.weight").astype(np.float32) for name in shared]
     weight = weights[shared.index(module)]
-    values, bound = _decode(made, module, kind, weight, weights)
-    error = np.abs(values - weight)
-    ratio = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
+    with np.errstate(all="ignore"):  # a zero, infinite or NaN scale is beyond its bound, below
+        values, bound = _decode(made, module, kind, weight, weights)
+        error = np.abs(values - weight)
+        ratio = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
     # An error that is not a number is beyond any bound.
     return float(np.where(np.isnan(ratio), np.inf, ratio).max())
 
@@ -166,8 +167,7 @@ def _decode(
             if kind is Format.NVFP4:
                 divisor = read("weight_global_scale", first).reshape(-1)[0]
             else:  # ModelOpt stores what to multiply with
-                with np.errstate(divide="ignore"):
-                    divisor = np.float32(1) / read("weight_scale_2", first).reshape(-1)[0]
+                divisor = np.float32(1) / read("weight_scale_2", first).reshape(-1)[0]
             packed = codes("weight_packed" if kind is Format.NVFP4 else "weight")
             fp4 = nvfp4.Nvfp4(packed=packed, scales=codes("weight_scale"), global_scale=divisor)
             return fp4.values(), nvfp4.bound(source, expected)
