@@ -34,6 +34,7 @@ CONTENT = "dev.sigstore.bundle.content"
 PREDICATE = "dev.sigstore.bundle.predicateType"
 MOST, MOST_BYTES = 1000, 512 << 20  # that are attached to one image, and are kept in memory
 TRIES = 20
+NO_API = (400, 404, 406)
 OWN_TAG_HEX = 32  # of a manifest's digest, in its own tag
 
 
@@ -150,8 +151,12 @@ def put_referrer(repository: Repository, content: bytes) -> str:
 
 
 def _api(repository: Repository, digest: str) -> list[Any] | None:
-    """The entries that the registry lists; None where it has no referrers API."""
-    return repository.pages(f"referrers/{digest}", "manifests")
+    """The entries that the registry lists; None where it has no referrers API.
+
+    Registries without it answer in these ways, and clients take them so, cosign among them
+    (github.com/google/go-containerregistry, pkg/v1/remote/referrers.go).
+    """
+    return repository.pages(f"referrers/{digest}", "manifests", NO_API, INDEX)
 
 
 def _fallback(repository: Repository, digest: str) -> list[Any]:

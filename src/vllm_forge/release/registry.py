@@ -39,6 +39,7 @@ DOCKER = "application/vnd.docker.distribution.manifest"
 ACCEPTED = f"{MANIFEST}, {INDEX}, {DOCKER}.v2+json, {DOCKER}.list.v2+json"
 MANIFEST_BYTES = 4 << 20  # the spec's bound
 MOST_PAGES, MOST_ROWS = 200, 200_000
+MISSING = (404,)
 READ_TRIES = 3
 SHOWN = 300  # characters of a reference, or of a registry's error
 LONGEST = 512  # characters of a reference
@@ -171,7 +172,7 @@ class Repository:
         if said != digest or (DIGEST.fullmatch(name) and name != digest):
             said = name if said == digest else said
             raise self._lie(f"a manifest said to be {said[:SHOWN]} is {digest}", url)
-        media_type = headers.get("Content-Type", "").partition(";")[0]
+        media_type = _media_type(answer)
         try:
             document = parse_json(content)
             if document.get("mediaType", media_type) != media_type:
@@ -258,13 +259,19 @@ class Repository:
         pages = self.pages("tags/list", "tags")
         return tuple(tag for tag in pages or () if isinstance(tag, str) and TAG.fullmatch(tag))
 
-    def pages(self, path: str, key: str) -> list[Any] | None:
-        """A list of the API, all its pages; None where the registry has none (404)."""
+    def pages(
+        self, path: str, key: str, missing: tuple[int, ...] = MISSING, media_type: str = ""
+    ) -> list[Any] | None:
+        """A list of the API, all its pages; None where the registry has none.
+
+        It has none if it answers with a status of ``missing``, or with another ``media_type``.
+        """
         rows: list[Any] = []
         url = first = f"{self._url}/{path}"
         for _ in range(MOST_PAGES):
-            answer = self._read(url, MANIFEST_BYTES)
-            if answer is None and url == first:
+            answer = self._read(url, MANIFEST_BYTES, missing=missing)
+            other = answer is None or media_type not in {"", _media_type(answer)}
+            if other and url == first:
                 return None
             try:
                 page = parse_json(answer.content)[key] or [] if answer else {}  # null: of no rows
@@ -283,12 +290,16 @@ class Repository:
         raise self._lie(f"{path} has more than {MOST_PAGES} pages", url)
 
     def _read(
-        self, url: str, limit: int, headers: dict[str, str] | None = None
+        self,
+        url: str,
+        limit: int,
+        headers: dict[str, str] | None = None,
+        missing: tuple[int, ...] = MISSING,
     ) -> requests.Response | None:
-        """An answer with its body; None for 404. A cut connection is tried again."""
+        """An answer with its body; None if it is ``missing``. A cut connection is tried again."""
         for left in reversed(range(READ_TRIES)):
-            with self._ask("GET", url, (200, 404), headers) as answer:
-                if answer.status_code == requests.codes.not_found:
+            with self._ask("GET", url, (200, *missing), headers) as answer:
+                if answer.status_code in missing:
                     return None
                 try:
                     answer._content = b"".join(body(answer, limit))
@@ -345,6 +356,10 @@ class Repository:
     def _lie(self, what: str, url: str) -> RegistryContentError:
         remedy = "do not use it: the registry, or who sits between, changed or lost it"
         return RegistryContentError(what, where=url.partition("?")[0], remedy=remedy)
+
+
+def _media_type(answer: requests.Response) -> str:
+    return answer.headers.get("Content-Type", "").partition(";")[0]
 
 
 def digest_of(content: bytes) -> str:

@@ -161,7 +161,6 @@ class RegistrySession(PatientSession):
             answer.close()
             request = request.copy()
             request.prepare_url(self.follow(answer.url, answer.headers["Location"]), None)
-            options["proxies"] = resolve_proxies(request, options.get("proxies"))
         raise requests.TooManyRedirects(f"more than {MOST_REDIRECTS}")
 
     def get_redirect_target(self, resp: requests.Response) -> None:
@@ -192,7 +191,15 @@ class RegistrySession(PatientSession):
         request.headers.pop("Authorization", None)  # also that of a .netrc
         if self._authorization and self.is_own(request.url):
             request.headers["Authorization"] = self._authorization
-        return super().send(request, **options)
+        return self._transmit(request, options)
+
+    def _transmit(
+        self, request: requests.PreparedRequest, options: dict[str, Any]
+    ) -> requests.Response:
+        """Send through the environment's proxy, but to this host: the proxy has another one."""
+        own = is_loopback(urlsplit(str(request.url)).netloc)
+        proxies = {} if own else resolve_proxies(request, None)
+        return super().send(request, **options | {"proxies": proxies})
 
     def _answer(self, challenge: str, options: dict[str, Any]) -> str:
         """The header that a challenge asks for (RFC 9110 §11; distribution's token spec)."""
@@ -222,9 +229,7 @@ class RegistrySession(PatientSession):
         else:
             headers = {"Authorization": stored.basic} if stored else {}
             asked = requests.Request("GET", realm, params=fields, headers=headers)
-        request = asked.prepare()
-        options = options | {"proxies": resolve_proxies(request, options.get("proxies"))}
-        with super().send(request, **options) as answer:
+        with self._transmit(asked.prepare(), options) as answer:
             if answer.status_code != requests.codes.ok:
                 raise self._refused(f"gives no token: its token service says {answer.status_code}")
             content = b"".join(body(answer, TOKEN_BYTES))

@@ -12,7 +12,11 @@ from tests.support.registry_client import NAME, push_image
 from tests.support.registry_server import INDEX, RegistryServer, digest_of
 from vllm_forge.images.layout import MANIFEST
 from vllm_forge.release import referrers as module
-from vllm_forge.release.errors import RegistryContentError, RegistryUnreachableError
+from vllm_forge.release.errors import (
+    RegistryAuthError,
+    RegistryContentError,
+    RegistryUnreachableError,
+)
 from vllm_forge.release.referrers import attach, referrers
 from vllm_forge.release.registry import Manifest, Reference, Repository
 from vllm_forge.signing.bundle import MEDIA_TYPE
@@ -177,11 +181,38 @@ def test_registry_that_lists_nothing_gets_an_index(
 ) -> None:
     """Of a proxy: it answers the API with an empty list."""
     empty = json.dumps({"schemaVersion": 2, "manifests": None}).encode()
-    registry.plant("GET", ".*/referrers/.*", times=-1, status=200, content=empty)
+    headers = {"Content-Type": INDEX}
+    registry.plant("GET", ".*/referrers/.*", times=-1, status=200, content=empty, headers=headers)
     subject = subject_of(repository)
     digest = attach(repository, subject, b"{1}", PROVENANCE)
     assert [row["digest"] for row in index_of(registry, subject)] == [digest]
     assert [row.manifest.digest for row in referrers(repository, subject.digest)] == [digest]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "content"),
+    [(400, "text/plain", b"bad request"), (406, "application/json", b"{}"),
+     (200, "text/html", b"<html>"), (200, "application/json", b"{}")],
+)  # fmt: skip
+def test_other_answer_than_an_index_is_of_no_api(
+    plain: RegistryServer, status: int, kind: str, content: bytes
+) -> None:
+    headers = {"Content-Type": kind}
+    plain.plant("GET", ".*/referrers/.*", times=-1, status=status, content=content, headers=headers)
+    repository = open_repository(plain)
+    subject = subject_of(repository)
+    digest = attach(repository, subject, b"{1}", PROVENANCE)
+    assert [row["digest"] for row in index_of(plain, subject)] == [digest]
+    assert [row.manifest.digest for row in referrers(repository, subject.digest)] == [digest]
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_failing_listing_is_not_taken_for_an_empty_one(plain: RegistryServer, status: int) -> None:
+    plain.plant("GET", ".*/referrers/.*", times=-1, status=status)
+    repository = open_repository(plain)
+    subject = subject_of(repository)
+    with pytest.raises((RegistryUnreachableError, RegistryAuthError)):
+        referrers(repository, subject.digest)
 
 
 def test_entries_that_are_not_referrers_hide_no_other(plain: RegistryServer) -> None:

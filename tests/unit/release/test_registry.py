@@ -246,6 +246,22 @@ def test_refused_connection_is_reported() -> None:
             repository.resolve("dev")
 
 
+@pytest.mark.parametrize("bearer", [False, True])
+def test_registry_of_this_host_is_asked_without_a_proxy(
+    bearer: bool, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy would read the login; skopeo goes around it, too."""
+    with refusing_port() as port, RegistryServer(login=LOGIN, bearer=bearer).running() as registry:
+        for name in ("http_proxy", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+        store_login(home / "run" / "containers" / "auth.json", registry.host)
+        repository = Repository(Reference.parse(f"{registry.host}/{NAME}"))
+        place = {"Location": f"/v2/{NAME}/manifests/dev"}
+        registry.plant("GET", ".*/manifests/old", status=307, headers=place)
+        digest = push_image(repository, "dev")
+        assert repository.resolve("old") == digest
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_busy_registry_is_asked_again(
     status: int, registry: RegistryServer, repository: Repository
