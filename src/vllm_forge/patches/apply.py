@@ -102,7 +102,7 @@ def parse_patch(path: Path, fields: dict[str, str], diff: str, where: str) -> Pa
         remedy = "the counts in @@ do not match its lines: export the change again with git"
         raise errors.CorruptPatchError(what, where=where, remedy=remedy) from None
     if not any(len(file) for file in parsed):
-        remedy = "export the change again, or delete the file and its line in the series"
+        remedy = "change lines of text, not only modes or binary files; or drop the patch"
         raise errors.EmptyPatchError("the patch has no hunk", where=where, remedy=remedy)
     if binary := [file.path for file in parsed if file.is_binary_file]:
         what = f"the patch has no content of a binary file: {', '.join(binary)}"

@@ -51,6 +51,7 @@ UNFINISHED = {
     "MERGE_HEAD": "git merge --abort",
     "CHERRY_PICK_HEAD": "git cherry-pick --continue",
     "REVERT_HEAD": "git revert --continue",
+    "sequencer": "git cherry-pick --continue, or git revert --continue",
 }
 
 
@@ -91,7 +92,7 @@ def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -
         for key, value in {
             "core.bare": "false",
             "core.autocrlf": "false",
-            "commit.cleanup": "scissors",  # a line that starts with # is text
+            "core.commentChar": ";",  # a line that starts with # is text
             "commit.template": ".git/info/message",
             "forge.line": name,
             "forge.series": _digest(series),
@@ -192,6 +193,9 @@ def _fields(message: str, where: str) -> tuple[dict[str, str], str | None]:
     text, _, trailers = message.rstrip("\n").rpartition("\n\n")
     if not TRAILER.search(trailers):
         text, trailers = message.rstrip("\n"), ""
+    if field := TRAILER.search(text):  # of a squash, or above a paragraph that a hook added
+        what = f"{field[1]} is given above the last paragraph"
+        raise errors.PatchHeaderError(what, where=where, remedy=apply.FORM)
     subject, _, body = text.partition("\n")
     description = "\n".join(filter(None, [subject, body.lstrip("\n")]))
     rows = trailers.splitlines()
@@ -244,10 +248,15 @@ def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
 
 
 def _require_clean(work: SourceRepo, source: Path) -> None:
+    folder = Path(work.text("rev-parse", "--absolute-git-dir"))  # also of a linked work tree
     for state, command in UNFINISHED.items():
-        if (work.path / state).exists():
+        if (folder / state).exists():
             what = "a git operation is unfinished"
             raise errors.DirtyTreeError(what, where=source, remedy=f"finish it: {command}")
+    if not work.text("symbolic-ref", "--quiet", "HEAD", check=False):
+        what = "HEAD is detached: commits of the branch may be missing"
+        remedy = "git switch to the branch, or git switch -c NEW; after a bisect git bisect reset"
+        raise errors.DirtyTreeError(what, where=source, remedy=remedy)
     options = ("status", "--porcelain", "--untracked-files=all")
     if status := work.text(f"--work-tree={source}", *options):
         rows = status.splitlines()

@@ -110,8 +110,8 @@ def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]
             mode = f" (mode {old_mode}, then {new_mode})" if status in "MT" else ""
             what = "the series does more than change Python files of the package: "
             what += f"{status} {path}{mode}"
-            remedy = "a file outside the wheel needs a build from source, which this line has not; "
-            remedy += "keep such a change as a disposition"
+            remedy = "change only lines of files that vllm/ has: no image builds vLLM from source; "
+            remedy += "record another change in dispositions.toml"
             raise errors.WheelSourceError(what, where=path, remedy=remedy)
         files.append(ChangedFile(path=path, before=before, after=after))
     return tuple(files)

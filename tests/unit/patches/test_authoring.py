@@ -269,6 +269,39 @@ def stopped_rebase(work: Work) -> None:
     assert work.git("status", "--porcelain") == ""
 
 
+def detached(work: Work) -> None:
+    """As after git checkout HEAD~1, or in a bisect: the last patch would be deleted."""
+    work.git("checkout", "--quiet", "--detach", "HEAD~1")
+
+
+def stopped_in_linked_tree(work: Work) -> None:
+    """A rebase whose state is not in the .git of the work tree, which is a file there."""
+    work.git("checkout", "--quiet", "--detach")
+    work.git("worktree", "add", "--quiet", "linked", "forge/9.9")
+    work.folder /= "linked"
+    stopped_rebase(work)
+
+
+def part_of_cherry_picks(work: Work) -> None:
+    """A conflict that was ended by git commit, so that CHERRY_PICK_HEAD is gone."""
+    work.git("checkout", "--quiet", "-b", "other", BASE)
+    text = (work.folder / "vllm" / "scheduler.py").read_text()
+    (work.folder / "vllm" / "scheduler.py").write_text(text.replace("room = ", "space = "))
+    work.commit("Other\n" + TRAILERS)
+    work.git("cherry-pick", "forge/9.9~1", "forge/9.9", check=False)
+    work.git("checkout", "--quiet", "--theirs", ".")
+    work.git("commit", "--quiet", "--all", "--no-edit")
+    assert work.git("status", "--porcelain") == ""
+
+
+def squashed(work: Work) -> None:
+    """The editor left both messages as they were; git's own comments are gone."""
+    modified(work)
+    work.commit(f"squash! {work.git('log', '-1', '--format=%s')}\n" + TRAILERS)
+    work.git("rebase", "--quiet", "--interactive", "--autosquash", BASE)
+    assert "This is a combination" not in work.git("log", "-1", "--format=%B")
+
+
 def empty_commit(work: Work) -> None:
     work.commit("Nothing\n" + TRAILERS, "--allow-empty")
 
@@ -348,6 +381,11 @@ REFUSED: dict[str, tuple[Callable[[Work], None], type[ForgeError], str]] = {
     "untracked": (untracked, DirtyTreeError, "?? vllm/new.py"),
     "conflict": (conflicted_rebase, DirtyTreeError, "git rebase --continue"),
     "stopped-rebase": (stopped_rebase, DirtyTreeError, "git rebase --continue"),
+    "detached": (detached, DirtyTreeError, "HEAD is detached"),
+    "linked": (stopped_in_linked_tree, DirtyTreeError, "git rebase --continue"),
+    "cherry-picks": (part_of_cherry_picks, DirtyTreeError, "git cherry-pick --continue"),
+    "squash": (squashed, PatchHeaderError, "Origin is given above the last paragraph"),
+    "hook": (commit_of("More\n" + TRAILERS + "\nChange-Id: I1\n"), PatchHeaderError, "above"),
     "empty-commit": (empty_commit, EmptyPatchError, "(Nothing)"),
     "no-trailers": (commit_of("More\n\nbody: of text\n"), PatchHeaderError, "missing: Origin, Bug"),
     "subject-only": (commit_of("More\n"), PatchHeaderError, "(More)"),
