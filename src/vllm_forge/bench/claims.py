@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from vllm_forge.bench.errors import ClaimsFileError
 from vllm_forge.bench.results import Count, Hash
@@ -22,9 +23,21 @@ CLAIMS = Path("records/bench/claims.toml")
 LARGEST_RAW = 1 << 20
 REMEDY = "correct it: docs/operate/bench-claims.md has the keys; git has the project's own rows"
 EDGE = 1e-9  # of the last digit
+
+
+def _digits(pattern: str) -> BeforeValidator:
+    def check(value: object) -> object:
+        if isinstance(value, str) and re.fullmatch(pattern, value):
+            return value
+        expected = "digits in quotes, without separators, units and '+'"
+        raise ValueError(f"invalid number {value!r}: expected {expected}")
+
+    return BeforeValidator(check)
+
+
 # As it is printed; its last digit is its precision.
-Printed = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?$")]
-Quantity = Annotated[str, Field(pattern=r"^-?[0-9]+(\.[0-9]+)?(/[1-9][0-9]*)?$")]
+Printed = Annotated[str, _digits(r"-?[0-9]{1,15}(\.[0-9]{1,15})?")]
+Quantity = Annotated[str, _digits(r"-?[0-9]{1,15}(\.[0-9]{1,15})?(/[1-9][0-9]{,15})?")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -53,7 +66,7 @@ def number(quantity: str) -> float:
     return float(Fraction(quantity))
 
 
-def operand(quantity: str, *, whole_is_exact: bool) -> Span:
+def operand(quantity: str, *, whole_is_exact: bool = False) -> Span:
     """Numbers that are printed so; a fraction is one of counts, and exact."""
     if "/" in quantity or (whole_is_exact and "." not in quantity):
         return Span(number(quantity), number(quantity))
@@ -66,23 +79,28 @@ class Rule(NamedTuple):
     label: str
     takes: int | None
     compute: Callable[..., float]
+    shares: slice = slice(0)  # operands that are shares
+
+
+def _error(p: float, n: float) -> float:
+    """``p``: may be printed 1.0 and be computed with as 1.09."""
+    return math.sqrt(max(0, p * (1 - p)) / (n - 1))
 
 
 RULES: Mapping[str, Rule] = {
     "value": Rule("the number", 1, lambda a: a),
     "gib": Rule("GB as GiB", 1, lambda gb: gb * 1e9 / 2**30),
     "ratio": Rule("ratio", 2, lambda a, b: a / b),
-    "points": Rule("difference in points", 2, lambda a, b: 100 * (a - b)),
+    "difference": Rule("first minus second", 2, lambda a, b: a - b),
+    "points": Rule("difference in points", 2, lambda a, b: 100 * (a - b), slice(2)),
     "per-minute": Rule("number a minute", 2, lambda count, seconds: 60 * count / seconds),
     "percent": Rule("percent", 2, lambda part, of: 100 * part / of),
     "less-by": Rule("first less than second, %", 2, lambda a, b: 100 * (1 - a / b)),
     "more-by": Rule("second more than first, %", 2, lambda a, b: 100 * (b / a - 1)),
-    "stderr": Rule(  # of a share that may be printed 1.0 and be computed with as 1.09
-        "standard error of a share", 2, lambda p, n: math.sqrt(max(0, p * (1 - p)) / (n - 1))
-    ),
+    "stderr": Rule("standard error of a share", 2, _error, slice(1)),
     "mean": Rule("mean", None, lambda *values: math.fsum(values) / len(values)),
     "sum": Rule("sum", None, lambda *values: math.fsum(values)),
-    "length": Rule("1 + sum", None, lambda *rates: 1 + math.fsum(rates)),
+    "length": Rule("1 + sum", None, lambda *rates: 1 + math.fsum(rates), slice(None)),
 }
 
 
@@ -137,7 +155,7 @@ class Share(FrozenModel):
         return self
 
 
-class _Claim(FrozenModel):
+class Claim(FrozenModel):
     """What every row has: its words, and where they are."""
 
     id: Name
@@ -146,21 +164,21 @@ class _Claim(FrozenModel):
     group: Literal["quality", "speed", "acceptance", "sweep", "size"]
 
 
-class Single(_Claim):
+class Single(Claim):
     """One share, compared with nothing."""
 
     kind: Literal["single"]
     share: Share
 
 
-class Bare(_Claim):
+class Bare(Claim):
     """A figure that was published without a count, or with one start, and follows from nothing."""
 
     kind: Literal["bare"]
     value: Printed
 
 
-class Comparison(_Claim):
+class Comparison(Claim):
     """Two shares; ``varies`` are the properties of the arms that the words are about.
 
     ``flips``: how many items only the first, and only the second arm has right, where the answers
@@ -177,11 +195,10 @@ class Comparison(_Claim):
     flips: tuple[Count, Count] | None = None
 
 
-class Derived(_Claim):
+class Derived(Claim):
     """A number that follows from others; ``starts`` of each server, where it compares servers.
 
-    Numbers with a decimal point were rounded or cut. Whole ones are counts, unless they are
-    ``rounded``, too, or of starts.
+    Numbers with a decimal point were rounded or cut. Whole ones are ``rounded``, too, or counts.
     """
 
     kind: Literal["derived"]
@@ -189,7 +206,7 @@ class Derived(_Claim):
     rule: Name
     of: tuple[Quantity, ...] = Field(min_length=1)
     unit: float | None = Field(default=None, gt=0, description="default: of the last digit")
-    rounded: bool = False
+    rounded: bool | None = Field(default=None, description="whole numbers; of starts, they are")
     starts: Count | None = None
     arms: tuple[Name, ...] = ()
 
@@ -199,12 +216,14 @@ class Derived(_Claim):
             raise ValueError(f"unknown rule {self.rule!r}{suggestion(self.rule, RULES)}")
         if rule.takes not in {None, len(self.of)}:
             raise ValueError(f"rule {self.rule} takes {rule.takes} numbers, not {len(self.of)}")
+        if wrong := [text for text in self.of[rule.shares] if abs(number(text)) > 1]:
+            raise ValueError(f"{wrong[0]} is not a share: write 91.8 % as 0.918")
         if self.arms and (self.rule != "ratio" or float(self.value) <= 0):
             raise ValueError("arms are of a ratio above 0")
         return self
 
 
-class Range(_Claim):
+class Range(Claim):
     """Values that are said to be within bounds; fractions are counts."""
 
     kind: Literal["range"]
@@ -213,7 +232,7 @@ class Range(_Claim):
     high: float = Field(allow_inf_nan=False)
 
 
-class Series(_Claim):
+class Series(Claim):
     """Two rows of values at the same conditions; the first one is said to be larger."""
 
     kind: Literal["series"]
@@ -228,7 +247,7 @@ class Series(_Claim):
         return self
 
 
-class Order(_Claim):
+class Order(Claim):
     """One number that is said to be larger than another."""
 
     kind: Literal["order"]
@@ -236,7 +255,7 @@ class Order(_Claim):
     smaller: Quantity
 
 
-class Scored(_Claim):
+class Scored(Claim):
     """Right answers, and how many of them ended by themselves."""
 
     kind: Literal["scored"]
@@ -244,7 +263,7 @@ class Scored(_Claim):
     stopped: Count = Field(description="the most right answers that were not truncated")
 
 
-class ColdStart(_Claim):
+class ColdStart(Claim):
     """A throughput of few requests, whose first one may include a warm-up."""
 
     kind: Literal["cold-start"]
@@ -281,7 +300,7 @@ class Batch(FrozenModel):
         return self.throughput / (self.slots * self.rate)
 
 
-class Makespan(_Claim):
+class Makespan(Claim):
     """A ratio of wall times of two batches."""
 
     kind: Literal["makespan"]
@@ -290,7 +309,7 @@ class Makespan(_Claim):
     second: Batch
 
 
-class Speedup(_Claim):
+class Speedup(Claim):
     """A ratio of wall times of two runs whose raw results are known."""
 
     kind: Literal["speedup"]
@@ -329,24 +348,18 @@ class Raw(FrozenModel):
     sha256: Hash
 
 
-Claim = Annotated[
-    Single
-    | Bare
-    | Comparison
-    | Derived
-    | Range
-    | Series
-    | Order
-    | Scored
-    | ColdStart
-    | Makespan
-    | Speedup,
-    Field(discriminator="kind"),
-]
+KINDS = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in Claim.__subclasses__()}
 
-KINDS: dict[str, type[FrozenModel]] = {
-    get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(get_args(Claim)[0])
-}
+
+def _parsed(row: Any) -> Claim:
+    """A row of its kind; ValueError with its id, by which it is found."""
+    if not isinstance(row, dict) or (kind := KINDS.get(str(row.get("kind")))) is None:
+        name, known = row.get("kind") if isinstance(row, dict) else row, ", ".join(KINDS)
+        raise ValueError(f"unknown kind {name!r}: expected {known}")
+    try:
+        return kind.model_validate(row)
+    except ValidationError as error:
+        raise ValueError(f"{row.get('id')}: {problems(error, kind)[0]}") from None
 
 
 class ClaimsFile(FrozenModel):
@@ -357,7 +370,7 @@ class ClaimsFile(FrozenModel):
     serve: dict[Name, Served] = Field(default_factory=dict)
     published: tuple[Published, ...] = ()
     raw: dict[Name, Raw] = Field(default_factory=dict)
-    claim: tuple[Claim, ...]
+    claim: tuple[Annotated[Claim, BeforeValidator(_parsed)], ...]
 
 
 @dataclass(frozen=True)
@@ -386,10 +399,6 @@ class RawRun:
 
 def parse_claims(data: Any) -> ClaimsFile:
     """Rows, with unique ids and known arms and raw results; ValueError."""
-    rows = data.get("claim") if isinstance(data, dict) else None
-    for place, row in enumerate(rows if isinstance(rows, list) else ()):
-        if isinstance(row, dict):  # which is found by its id, not by its place
-            _require_row(row, row.get("id", place))
     claims = ClaimsFile.model_validate(data)
     ids = [row.id for row in claims.claim]
     if repeated := sorted({name for name in ids if ids.count(name) > 1}):
@@ -402,18 +411,9 @@ def parse_claims(data: Any) -> ClaimsFile:
         arms |= set(getattr(row, "arms", ()))
         runs = {row.base, row.run} if isinstance(row, Speedup) else set()
         if unknown := (arms - set(claims.arm)) | (runs - set(claims.raw)):
-            raise ValueError(f"claim {row.id}: unknown {', '.join(sorted(unknown))}")
+            kind = "raw results" if runs else "arm"
+            raise ValueError(f"claim {row.id}: unknown {kind} {', '.join(sorted(unknown))}")
     return claims
-
-
-def _require_row(row: dict[str, Any], name: object) -> None:
-    if (kind := KINDS.get(str(row.get("kind")))) is None:
-        known = ", ".join(KINDS)
-        raise ValueError(f"claim {name}: unknown kind {row.get('kind')!r}: expected {known}")
-    try:
-        kind.model_validate(row)
-    except ValidationError as error:
-        raise ValueError(f"claim {name}: {problems(error, kind)[0]}") from None
 
 
 def read_claims(path: Path) -> ClaimsFile:

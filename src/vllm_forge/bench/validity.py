@@ -99,7 +99,7 @@ def _window_faults(window: Window, rows: list[Row], conditions: Conditions) -> I
     if not conditions.prefix_cache and change["prefix_hits"] > 0:
         yield f"{change['prefix_hits']} prefix-cache hits, which the conditions do not declare"
     if files := window.new_files:
-        folder = os.path.commonprefix(files).rpartition("/")[0]
+        folder = os.path.commonprefix(files).rpartition("/")[0]  # noqa: RUF071 - up to a "/"
         names = _some([name.rpartition("/")[2] for name in files])
         yield f"{len(files)} files were compiled in the window (in {folder}: {names})"
     yield from slowdowns(window.gpus_before, window.gpus_after)

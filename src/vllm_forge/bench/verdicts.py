@@ -90,7 +90,7 @@ def _judge(
     row: claims.Claim, file: claims.ClaimsFile, runs: Mapping[str, claims.RawRun]
 ) -> Verdict:
     """By the function for the kind of the claim."""
-    raise NotImplementedError(row.kind)
+    raise NotImplementedError(type(row))
 
 
 @_judge.register
@@ -223,12 +223,20 @@ def _bare(_: claims.Bare, *__: object) -> Verdict:
 @_judge.register
 def _derived(row: claims.Derived, *_: object) -> Verdict:
     rule, n = RULES[row.rule], ", ".join(row.of)
-    printed, exact = span(row.value, row.unit), row.starts is None and not row.rounded
-    operands = [operand(quantity, whole_is_exact=exact) for quantity in row.of]
+    printed, rounded = span(row.value, row.unit), row.rounded or row.starts is not None
+    readings = [  # of whole numbers
+        [operand(quantity, whole_is_exact=exact) for quantity in row.of]
+        for exact in ([False] if rounded else [True] if row.rounded is False else [True, False])
+    ]
+    fits = [follows(rule, operands).meets(printed) for operands in readings]
     detail = f"{rule.label}: {rule.compute(*map(number, row.of)):.4g}"
     word, method = Word.CONSISTENT, "arithmetic"
-    if not follows(rule, operands).meets(printed):
-        word, detail = Word.CONTRADICTED, detail + _otherwise(row, operands, printed)
+    if not any(fits):
+        word, detail = Word.CONTRADICTED, detail + _otherwise(row, readings[0], printed)
+    elif not all(fits):
+        word = Word.UNDECIDED
+        detail += "; it follows if whole numbers were rounded, not if they are counts: "
+        detail += "say rounded = true, or false"
     elif row.starts is not None and row.starts < STARTS:
         word, method = Word.UNDECIDED, "arithmetic, starts"
         detail += f"; {row.starts} start of each server, so restart noise is unknown"
@@ -256,7 +264,7 @@ def _range(row: claims.Range, *_: object) -> Verdict:
         for text, value in zip(row.values, values, strict=True)
         if not Span(_rounded(row.low).low, _rounded(row.high).high).meets(Span(value, value))
         # A value of fewer digits than the bounds.
-        and ("." not in text or not Span(row.low, row.high).meets(span(text)))
+        and ("/" in text or not Span(row.low, row.high).meets(span(text)))
     ]
     detail = f"{min(values):.2f} to {max(values):.2f}"
     counts = [tuple(map(int, text.split("/"))) for text in row.values if text.count("/")]
@@ -288,9 +296,7 @@ def _series(row: claims.Series, *_: object) -> Verdict:
 def _order(row: claims.Order, *_: object) -> Verdict:
     """Undecided where digits that were not printed decide."""
     texts = (row.larger, row.smaller)
-    (a, larger), (b, smaller) = (
-        (number(text), operand(text, whole_is_exact=True)) for text in texts
-    )
+    (a, larger), (b, smaller) = ((number(text), operand(text)) for text in texts)
     word, detail = Word.CONTRADICTED, f"{row.larger} is not larger than {row.smaller}"
     if a > b:
         word, detail = Word.CONSISTENT, f"{row.larger} is larger than {row.smaller}"
