@@ -1,8 +1,8 @@
 """An image and its GPU suite on a host without network, registry or container engine.
 
     kit.py take                   keep the parts beside this file; once for each batch of parts
-    kit.py unpack                 verify and join the parts, verify and unpack the image
-    kit.py go OUTPUT [ARG]...     take, unpack, then run the suite in the image as root
+    kit.py unpack                 take, verify and join the parts, verify and unpack the image
+    kit.py go OUTPUT [ARG]...     unpack, then run the suite in the image as root
     kit.py bench OUTPUT [ARG]...  the same for the sessions of benchmarks that the kit has:
                                   [NAME]... [--retry]
     kit.py exec [OPTION]... -- COMMAND [ARG]...
@@ -12,7 +12,7 @@
                                   pack what `go` compiled into OUTPUT/caches.tar.gz.000 and so on,
                                   each of at most so many megabytes (default: 61)
 
-Stands alone on Python's standard library, tar, gzip, split and mount. Needs root. Works in
+Stands alone on Python's standard library (3.9), tar, gzip, split and mount. Needs root. Works in
 FORGE_KIT_WORK (default: the user's cache folder), which must belong to the user alone.
 
 What runs is the image: its manifest, configuration and the content of every layer are verified from
@@ -37,7 +37,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +72,8 @@ def work_folder() -> Path:
     status = folder.lstat()
     if folder.is_symlink() or status.st_uid != os.geteuid():
         fail(f"{folder} is a link or belongs to another user: set FORGE_KIT_WORK to another folder")
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        fail(f"{folder} is mounted noexec: set FORGE_KIT_WORK to a folder that programs may run in")
     folder.chmod(0o700)
     return folder.resolve()
 
@@ -101,8 +102,7 @@ def file_digest(path: Path) -> str:
 
 def matches(path: Path, part: dict[str, Any]) -> bool:
     """Whether a file has the size and hash of the manifest."""
-    known = path.is_file() and path.stat().st_size == part["size"]
-    return known and file_digest(path) == part["sha256"]
+    return path.stat().st_size == part["size"] and file_digest(path) == part["sha256"]
 
 
 def take(manifest: dict[str, Any], work: Path) -> None:
@@ -135,18 +135,20 @@ def content(manifest: dict[str, Any], work: Path) -> Path:
     folder, kept = place(work, "content", manifest), place(work, "parts", manifest)
     if folder.is_dir():
         return folder
+    take(manifest, work)
     for part in manifest["parts"]:
         path = kept / part["name"]
         if not path.is_file():
-            fail(f"missing {part['name']}: run `take` where it is")
+            fail(f"missing {part['name']} in {kept}: run `take` where it is, as this user")
         if not matches(path, part):
             fail(f"{path} does not match manifest.json: run `take` with it again")
-    aside = fresh(work / "content.new")
-    with untar(aside, "--no-same-owner") as tar:
-        for part in manifest["parts"]:
-            with (kept / part["name"]).open("rb") as file:
-                shutil.copyfileobj(file, tar, CHUNK)
-    aside.rename(folder)
+    with fresh(work / "content.new") as aside:
+        with untar(aside, "--no-same-owner") as tar:
+            for part in manifest["parts"]:
+                with (kept / part["name"]).open("rb") as file:
+                    shutil.copyfileobj(file, tar, CHUNK)
+        aside.rename(folder)
+    print("parts verified and joined", flush=True)
     return folder
 
 
@@ -162,11 +164,15 @@ def untar(folder: Path, *options: str) -> Iterator[IO[bytes]]:
         fail(f"cannot unpack into {folder}: tar exited with {tar.returncode}")
 
 
-def fresh(folder: Path) -> Path:
-    if folder.exists():
-        shutil.rmtree(folder)
+@contextlib.contextmanager
+def fresh(folder: Path) -> Iterator[Path]:
+    """An empty folder, which is removed at the end unless it was renamed."""
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
-    return folder
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def verified(path: Path, digest: str) -> bytes:
@@ -188,20 +194,21 @@ def unpack_image(folder: Path, digest: str, work: Path) -> tuple[Path, dict[str,
     config = json.loads(verified(folder / "image" / "config.json", manifest["config"]["digest"]))
     root = work / f"root-{digest.removeprefix('sha256:')[:16]}"
     if not root.is_dir():
-        aside = fresh(work / "root.new")
-        aside.chmod(0o755)
-        for number, diff_id in enumerate(config["rootfs"]["diff_ids"]):
-            unpack_layer(folder / "image" / f"{number}.tar.gz", diff_id, aside)
-        if marker := next(aside.rglob(".wh.*"), None):  # a whiteout of the OCI's layer format
-            fail(f"a layer deletes files ({marker.name}), unsupported: make the kit of an image "
-                 "whose layers only add files")  # fmt: skip
-        for name in FOLDERS:
-            (aside / name).mkdir(parents=True, exist_ok=True)
-        for name in (SMI, *NAMES):
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            if not os.path.lexists(aside / name):
-                (aside / name).touch()
-        aside.rename(root)
+        with fresh(work / "root.new") as aside:
+            aside.chmod(0o755)
+            for number, diff_id in enumerate(config["rootfs"]["diff_ids"]):
+                unpack_layer(folder / "image" / f"{number}.tar.gz", diff_id, aside)
+            if marker := next(aside.rglob(".wh.*"), None):  # a whiteout of the OCI's layer format
+                fail(f"a layer deletes files ({marker.name}), unsupported: make the kit of an "
+                     "image whose layers only add files")  # fmt: skip
+            for name in FOLDERS:
+                (aside / name).mkdir(parents=True, exist_ok=True)
+            for name in (SMI, *NAMES):
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                if not os.path.lexists(aside / name):
+                    (aside / name).touch()
+            aside.rename(root)
+        print(f"image {digest} verified and unpacked", flush=True)
     return root, config["config"]
 
 
@@ -247,12 +254,12 @@ def driver_mounts() -> Iterator[tuple[Path, str]]:
     if (folder / "lib64").is_dir():
         yield folder, DRIVER_FOLDER
     else:
-        listing = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=False)
+        argv = ["sh", "-c", "PATH=$PATH:/usr/sbin:/sbin ldconfig -p"]  # `su` leaves these out
+        listing = subprocess.run(argv, capture_output=True, text=True, check=False)
         rows = [line.split() for line in listing.stdout.splitlines() if "x86-64" in line]
-        known = {row[0]: Path(row[-1]) for row in rows}
-        for name in DRIVER_LIBRARIES:
-            if name in known:
-                yield known[name].resolve(), f"{DRIVER_FOLDER}/lib64/{name}"
+        for name, file in {row[0]: Path(row[-1]) for row in reversed(rows)}.items():
+            if name.startswith(DRIVER_LIBRARIES):
+                yield file.resolve(), f"{DRIVER_FOLDER}/lib64/{name}"
     program = shutil.which("nvidia-smi") or folder / "bin" / "nvidia-smi"
     if Path(program).is_file():
         yield Path(program).resolve(), SMI
@@ -385,10 +392,10 @@ def bring_caches(folder: Path, target: Path) -> None:
     for stack in (folder / "jit").glob("*"):
         kept = target / "jit" / stack.name
         if not kept.exists():
-            aside = fresh(target / "jit.new")
-            shutil.copytree(stack, aside, dirs_exist_ok=True)
-            kept.parent.mkdir(exist_ok=True)
-            aside.rename(kept)
+            with fresh(target / "jit.new") as aside:
+                shutil.copytree(stack, aside, dirs_exist_ok=True)
+                kept.parent.mkdir(exist_ok=True)
+                aside.rename(kept)
 
 
 def pack_caches(arguments: list[str]) -> int:
@@ -403,8 +410,7 @@ def pack_caches(arguments: list[str]) -> int:
     if not (folder / "jit").is_dir():
         fail(f"no compiled kernels in {folder / 'jit'}: run `go` first")
     output.mkdir(parents=True, exist_ok=True)
-    aside = fresh(output / ".new")
-    try:
+    with fresh(output / ".new") as aside:
         pack = ["tar", "--create", "--gzip", f"--directory={folder}", "jit"]
         size = f"--bytes={max(1, int(args.max_part * 1_000_000))}"
         cut = ["split", size, "--numeric-suffixes", "--suffix-length=3", "-"]
@@ -417,8 +423,6 @@ def pack_caches(arguments: list[str]) -> int:
         for old in output.glob("caches.tar.gz.*"):
             old.unlink()
         parts = [part.rename(output / part.name) for part in sorted(aside.iterdir())]
-    finally:
-        shutil.rmtree(aside)
     print(f"{len(parts)} parts of compiled kernels in {output}", flush=True)
     return 0
 
@@ -464,15 +468,11 @@ def main(arguments: list[str]) -> int:
         except BlockingIOError:
             print(f"waiting for another call, which unpacks in {work}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if arguments[0] != "exec":
-            take(manifest, work)
         if arguments[0] == "take":
+            take(manifest, work)
             return 0
-        start = time.monotonic()
-        folder, digest = content(manifest, work), manifest["digest"]
-        print(f"parts verified and joined after {time.monotonic() - start:.0f} s", flush=True)
-        root, config = unpack_image(folder, digest, work)
-        print(f"image {digest} unpacked after {time.monotonic() - start:.0f} s", flush=True)
+        folder = content(manifest, work)
+        root, config = unpack_image(folder, manifest["digest"], work)
         if arguments[0] == "unpack":
             return 0
         if arguments[0] in {"go", "bench"}:

@@ -256,7 +256,7 @@ def test_commands_run_as_the_images_user(folder: Path, tmp_path: Path) -> None:
     call(folder, "unpack")
     script = "id -u; ls; touch /cache/mine; touch /work/mine || echo read-only"
     output = call(folder, "exec", "--", "sh", "-c", script)
-    assert "\n10001\ndata\n" in output
+    assert output.startswith("10001\ndata\n"), "its output has other lines before"
     assert output.endswith("read-only\n")
     assert (tmp_path / "kit-work" / "cache-10001" / "mine").exists()
     (tmp_path / "models").mkdir()
@@ -288,20 +288,35 @@ def test_own_names_are_found_without_a_name_server(folder: Path) -> None:
 def test_images_user_reaches_the_driver_whatever_the_umask(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root's umask is 077 on hardened hosts."""
-    library, ldconfig = tmp_path / "libcuda.so.1", tmp_path / "bin" / "ldconfig"
-    library.write_text("driver")
+    """Root's umask is 077 on hardened hosts. Of two drivers, the loader takes the first."""
+    names = ("libcuda.so.1", "libnvidia-gpucomp.so.580.65.06")
+    files = [tmp_path / place / name for name in names for place in ("first", "second")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"{file.parent.name} driver")
+    rows = [f"{file.name} (libc6,x86-64) => {file}" for file in files]
+    ldconfig = tmp_path / "bin" / "ldconfig"
     ldconfig.parent.mkdir()
-    ldconfig.write_text(f"#!/bin/sh\necho 'libcuda.so.1 (libc6,x86-64) => {library}'\n")
+    ldconfig.write_text("\n".join(["#!/bin/sh", *(f"echo '{row}'" for row in rows)]))
     ldconfig.chmod(0o755)
     monkeypatch.setenv("PATH", f"{ldconfig.parent}:{os.environ['PATH']}")
     before = os.umask(0o077)
+    script = "id -u; cd /usr/local/nvidia/lib64; ls; read word < libcuda.so.1; echo $word"
     try:
         call(folder, "unpack")
-        output = call(folder, "exec", "--", "sh", "-c", "id -u; ls /usr/local/nvidia/lib64")
+        output = call(folder, "exec", "--", "sh", "-c", script)
     finally:
         os.umask(before)
-    assert output.endswith("\n10001\nlibcuda.so.1\n")
+    assert output.split("\n") == ["10001", *names, "first driver", ""]
+
+
+@ROOT_ONLY
+def test_path_without_programs_of_administrators_is_enough(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `su` of Debian leaves it."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    assert call(folder, "exec", "--", "sh", "-c", "echo run").endswith("\nrun\n")
 
 
 @ROOT_ONLY
@@ -621,6 +636,45 @@ def test_work_folder_of_another_user_is_refused(folder: Path, tmp_path: Path, ho
         (tmp_path / "elsewhere").mkdir()
         work.symlink_to(tmp_path / "elsewhere")
     assert "set FORGE_KIT_WORK to another folder" in call(folder, "take", code=1)
+
+
+@contextmanager
+def disk(folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "disk", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@ROOT_ONLY
+def test_work_folder_without_programs_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Before anything is unpacked; the image's programs could not be started there."""
+    with disk(tmp_path / "kit-work", "noexec"):
+        assert "is mounted noexec: set FORGE_KIT_WORK" in call(folder, "take", code=1)
+
+
+@ROOT_ONLY
+def test_full_disk_keeps_no_half_of_an_image(folder: Path, tmp_path: Path) -> None:
+    parts = sum(part.stat().st_size for part in folder.glob("part-*"))
+    with disk(tmp_path / "kit-work", f"size={parts * 5 // 2}") as work:
+        output = call(folder, "unpack", code=1)
+        assert "No space left on device" in output
+        assert "root.new: tar exited with 2" in output
+        assert {path.name.partition("-")[0] for path in work.iterdir()} == {
+            ".lock", "content", "parts",
+        }  # fmt: skip
+
+
+def test_old_python_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As RHEL 8 has it: its own message is a syntax error in kit.py."""
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\n[ "$1" != -c ] || exit 1\necho SyntaxError\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{python.parent}:/usr/bin:/bin")
+    assert call(folder, "take", code=1).startswith("run.sh: no python3 of 3.9 or newer")
 
 
 def test_host_side_stands_alone() -> None:
