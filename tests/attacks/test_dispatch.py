@@ -227,7 +227,9 @@ def test_what_is_written_to_storage_is_closed_whatever_the_umask(tmp_path: Path)
         os.umask(before)
 
 
-@pytest.mark.parametrize("printed", ["", "../../x", "12\n34", "Submitted batch job 12", "1" * 40])
+@pytest.mark.parametrize(
+    "printed", ["", "../../x", "12\n34", "12;a\n12;b", "Submitted batch job 12", "1" * 40]
+)
 def test_hostile_job_id_is_refused_and_cancelled(tmp_path: Path, printed: str) -> None:
     site = make_site(tmp_path, Project(REPO))
     asked: list[str] = []

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,11 @@ def _works(project: Project, args: argparse.Namespace) -> list["Work"]:
     for name in names:
         if name not in known:
             args.parser.error(f"unknown tier {name!r} in --tiers{suggestion(name, known)}")
-    return [*(known[name] for name in names), *sessions]
+    works = [*(known[name] for name in names), *sessions]
+    all_names = [work.name for work in works]
+    if twice := [name for name in all_names if all_names.count(name) > 1]:
+        args.parser.error(f"duplicate name {twice[0]!r} of sessions, or of a session and a tier")
+    return works
 
 
 def _cells(project: Project, args: argparse.Namespace) -> list[ImageCell]:
@@ -190,9 +195,8 @@ def _collect(project: Project, args: argparse.Namespace, record: "RunRecord") ->
     from vllm_forge.dispatch import results, runs
     from vllm_forge.receipts.verification import make_receipt
 
-    rows = _outcomes(project, record)
-    if args.wait:
-        rows = runs.wait(lambda: _outcomes(project, record), args.timeout)
+    ask = partial(_outcomes, project, record)
+    rows = runs.wait(ask, args.timeout) if args.wait else ask()
     receipts = []
     specs = {spec.name: spec for spec in record.specs}
     for number, row in enumerate(rows):

@@ -209,6 +209,8 @@ def asking(probe: Probe) -> Ask:
             what = f"{argv[0]} exited with {reply.code}: {printable(reply.text.strip())}"
             check = "kubectl cluster-info" if argv[0] == "kubectl" else "scontrol ping"
             remedy = f"see whether the cluster answers: {check}"
+            if reply.missing:
+                remedy = f"run this on a host of the cluster that has {argv[0]} in PATH"
             raise SchedulerError(what, where=shlex.join(argv), remedy=remedy)
         return reply.text
 

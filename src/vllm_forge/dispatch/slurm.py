@@ -156,8 +156,8 @@ def _minutes(text: str) -> float:
 def send(batches: Sequence[Batch], folder: Path, ask: Ask, record: RunRecord) -> RunRecord:
     """Send arrays, all or none; the record with what Slurm calls their jobs.
 
-    Each is tried first without sending it. If one is refused all the same, the others are
-    cancelled, by name: an answer may have been lost.
+    Each is tried first without sending it. If one is refused all the same, or this is interrupted,
+    the others are cancelled, by name: an answer may have been lost.
     """
     paths = [folder / f"batch-{number}.sh" for number in range(len(batches))]
     attempts: dict[str, str] = {}
@@ -166,16 +166,17 @@ def send(batches: Sequence[Batch], folder: Path, ask: Ask, record: RunRecord) ->
         require_accepted(path, f"slurm.sku.{specs[0].sku}", ask)
     try:
         for path, (specs, _) in zip(paths, batches, strict=True):
-            job = _job_id(ask(["sbatch", "--parsable", str(path)]).strip(), path)
+            job = _job_id(ask(["sbatch", "--parsable", str(path)]), path)
             attempts |= {spec.name: f"{job}_{index}" for index, spec in enumerate(specs)}
-    except SchedulerError as error:
+    except (SchedulerError, KeyboardInterrupt) as error:
         cancel = ["scancel", f"--jobname={job_name(record.run)}"]
         try:
             ask(cancel)
         except SchedulerError as second:
-            what = f"{error.what}; jobs that were sent before may run: {second.what}"
+            first = getattr(error, "what", "interrupted")
+            what = f"{first}; jobs that were sent before may run: {second.what}"
             remedy = f"run `{shlex.join(cancel)}`, then send them again"
-            raise SchedulerError(what, where=error.where, remedy=remedy) from error
+            raise SchedulerError(what, where=folder, remedy=remedy) from error
         raise
     return record.model_copy(update={"attempts": attempts})
 
@@ -191,11 +192,12 @@ def require_accepted(script: Path, where: str, ask: Ask) -> None:
 
 
 def _job_id(text: str, path: Path) -> str:
-    job = text.partition(";")[0]
-    if not JOB.fullmatch(job):
-        what = f"sbatch printed no job id: {printable(text[:200])}"
+    jobs = [row.partition(";")[0] for row in text.splitlines()]  # plugins of sites print, too
+    jobs = [job for job in jobs if JOB.fullmatch(job)]
+    if len(jobs) != 1:
+        what = f"sbatch printed no job id, or several: {printable(text.strip()[:200])}"
         raise SchedulerError(what, where=path, remedy="see what its plugins print")
-    return job
+    return jobs[0]
 
 
 def states(run: str, ask: Ask) -> dict[str, State]:

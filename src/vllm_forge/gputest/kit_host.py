@@ -100,11 +100,6 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def matches(path: Path, part: dict[str, Any]) -> bool:
-    """Whether a file has the size and hash of the manifest."""
-    return path.stat().st_size == part["size"] and file_digest(path) == part["sha256"]
-
-
 def take(manifest: dict[str, Any], work: Path) -> None:
     """Copy the parts beside this file to those of this kit; a damaged one replaces none."""
     kept = place(work, "parts", manifest)
@@ -112,7 +107,7 @@ def take(manifest: dict[str, Any], work: Path) -> None:
     for part in manifest["parts"]:
         source, target = HERE / part["name"], kept / part["name"]
         if source.is_file():
-            if not matches(source, part):
+            if file_digest(source) != part["sha256"]:
                 fail(f"{source} does not match manifest.json: copy it again")
             aside = target.with_name(f"{target.name}.new")
             try:
@@ -140,7 +135,7 @@ def content(manifest: dict[str, Any], work: Path) -> Path:
         path = kept / part["name"]
         if not path.is_file():
             fail(f"missing {part['name']} in {kept}: run `take` where it is, as this user")
-        if not matches(path, part):
+        if file_digest(path) != part["sha256"]:
             fail(f"{path} does not match manifest.json: run `take` with it again")
     with fresh(work / "content.new") as aside:
         with untar(aside, "--no-same-owner") as tar:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.sessions import write_quality
 from tests.support.site import make_site
+from vllm_forge.commands import dispatch
+from vllm_forge.commands.parsers import Parser
 from vllm_forge.dispatch import jobs
 from vllm_forge.dispatch.jobs import Volume, cell_image, job_specs, session_work, suite_works
+from vllm_forge.errors import UsageError
 from vllm_forge.gputest.launch import WITH_CACHES, container_command
 from vllm_forge.project import Project
 
@@ -95,3 +99,15 @@ def test_session_about_quality_brings_the_answers_of_each_start(tmp_path: Path) 
     work = session_work(write_quality(tmp_path, 8000, {}, checkpoint="x"), 30)
     assert work.artifacts == tuple(f"december/mtp-c2.answers-{order}.jsonl" for order in (0, 1))
     assert (work.exclusive, work.weights) == (True, True)
+
+
+def test_session_of_a_tiers_name_is_refused(root: Path, tmp_path: Path) -> None:
+    """Their jobs would have one name, and the second would replace the first."""
+    session = tmp_path / "session.toml"
+    text = (root / "benchmarks/sessions/tiny-mtp.toml").read_text()
+    session.write_text(text.replace('session = "tiny-mtp"', 'session = "kernel"'))
+    args = argparse.Namespace(
+        sessions=[str(session)], minutes=9, tiers=["kernel"], parser=Parser(prog="dispatch")
+    )
+    with pytest.raises(UsageError, match="duplicate name 'kernel' of sessions"):
+        dispatch._works(Project(root), args)

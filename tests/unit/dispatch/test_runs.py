@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from tests.support.registry_client import small_layout
 from tests.support.site import JOB, make_site
+from vllm_forge.commands import dispatch
 from vllm_forge.dispatch import runs
-from vllm_forge.dispatch.errors import RunFolderError, SchedulerError
+from vllm_forge.dispatch.errors import JobsRedError, RunFolderError, SchedulerError
 from vllm_forge.dispatch.results import Outcome, State
 from vllm_forge.dispatch.runs import (
     RunRecord,
@@ -127,3 +129,16 @@ def test_waiting_ends_at_its_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ask.answers) > 9_000
     with pytest.raises(SchedulerError):
         wait(Scheduler(*["silent"] * 10_000), 1e-6)
+
+
+def test_collecting_begins_while_the_scheduler_is_silent(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "POLL_S", 0)
+    answers = Scheduler("silent", "silent", "red")
+    monkeypatch.setattr(dispatch, "_outcomes", lambda *_: answers())
+    args = argparse.Namespace(wait=True, timeout=None, json=True)
+    record = RECORD.model_copy(update={"specs": (JOB.model_copy(update={"name": "job"}),)})
+    with pytest.raises(JobsRedError):
+        dispatch._collect(Project(checkout), args, record)
+    assert answers.answers == []

@@ -118,6 +118,22 @@ def test_attempts_are_job_and_index(root: Path, tmp_path: Path) -> None:
     assert record.attempts["b300-0.26-kernel"] == "7_0"
 
 
+def test_what_plugins_of_a_site_print_is_skipped(root: Path, tmp_path: Path) -> None:
+    site, specs = make(root, tmp_path, "kernel")
+    reply = Reply(code=0, text="Your project has 12 hours left\n7;cluster\n")
+    sent = slurm.send(
+        slurm.batches(specs, site, "r1"), tmp_path, _ask(sbatch=reply), _record(specs)
+    )
+    assert sent.attempts["b300-0.26-kernel"] == "7_0"
+
+
+def test_missing_programs_of_slurm_are_named() -> None:
+    missing = Reply(code=127, text="sinfo: not found\n")
+    with pytest.raises(SchedulerError, match="sinfo: not found") as raised:
+        slurm.cluster_nodes(_ask(sinfo=missing))
+    assert raised.value.remedy == "run this on a host of the cluster that has sinfo in PATH"
+
+
 def _ask(**replies: Reply) -> Any:
     return asking(Cluster(**replies))
 
@@ -147,6 +163,23 @@ def test_failed_submission_cancels_what_was_sent(
     assert cluster.asked[-1] == ["scancel", "--jobname=forge-r1"]
     told = "scancel --jobname=forge-r1" in (raised.value.remedy or "")
     assert (told, "may run" in raised.value.what) == (not cancelled, not cancelled)
+
+
+def test_interrupted_submission_cancels_what_was_sent(root: Path, tmp_path: Path) -> None:
+    """Else jobs run that the record does not know."""
+    site, specs = make(root, tmp_path, "kernel")
+
+    class Interrupted(Cluster):
+        def ask(self, name: str, argv: Sequence[str]) -> Reply:
+            reply = super().ask(name, argv)
+            if argv[:2] == ["sbatch", "--parsable"]:
+                raise KeyboardInterrupt
+            return reply
+
+    cluster = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        slurm.send(slurm.batches(specs, site, "r1"), tmp_path, asking(cluster), _record(specs))
+    assert cluster.asked[-1] == ["scancel", "--jobname=forge-r1"]
 
 
 def test_states_are_by_attempt() -> None:
