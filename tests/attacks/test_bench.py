@@ -106,6 +106,14 @@ def test_malformed_answer_is_a_failed_request(lines: list[bytes]) -> None:
         assert ask(server).finish == "error"
 
 
+def test_error_in_a_stream_is_the_reason() -> None:
+    with HostileServer(lines=[data({"error": {"message": "no\x1b[2J KV\ncache " * 99}})]) as server:
+        answer = ask(server)
+    assert answer.finish == "error"
+    assert answer.text.startswith("ValueError: {'message': 'no\\x1b[2J KV\\ncache ")
+    assert len(answer.text) == client.MOST_REASON
+
+
 @pytest.mark.parametrize("line", [b": ping\n", tokens()[0], data({"choices": []})])
 def test_endless_answer_ends(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LARGEST_ANSWER", 1 << 20)

@@ -99,7 +99,7 @@ class BenchServer:
         body = await request.json()
         self.seen.append(body)
         if self.fault == "failed" and len(self.seen) % 3 == 0:
-            return web.Response(status=500)
+            return web.Response(status=500, text="full")
         reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await reply.prepare(request)
         most = body["max_tokens"] - (2 if self.fault == "short" else 0)

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from vllm_forge.bench.errors import ServerUnreachableError
 from vllm_forge.bench.results import MOST_COUNT, Conditions, Count, Counters, Drafts, Row, Seconds
+from vllm_forge.host import printable
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Text
 
@@ -26,6 +27,7 @@ LARGEST_LINE = 16 << 20  # the first chunk may have the prompt's tokens
 LARGEST_ANSWER = 64 << 20
 LARGEST_METRICS = 16 << 20
 TIMEOUT_S = 1800.0  # for one answer
+MOST_REASON = 200  # characters
 METRICS_S = 60.0
 HEALTH_S = 5.0
 REMEDY = "start the server, and give its address: --url http://HOST:PORT"
@@ -60,7 +62,7 @@ class Prompt:
 
 
 class Answer(FrozenModel):
-    """What came of a request; unless that failed, a line of a file of answers."""
+    """What came of a request: why it failed, in ``text``; or a line of a file of answers."""
 
     item: Text
     repeat: Count
@@ -74,9 +76,11 @@ class Answer(FrozenModel):
 
     def row(self, **facts: Any) -> Row:
         """Of a record's first start."""
+        fault = self.text if self.finish == "error" else ""
         return Row(
             start=0, item=self.item, repeat=self.repeat, finish=self.finish,
-            output_tokens=self.tokens, seconds=self.seconds, ttft=self.ttft, **facts,
+            output_tokens=self.tokens, seconds=self.seconds, ttft=self.ttft,
+            **{"fault": fault, **facts},
         )  # fmt: skip
 
 
@@ -137,7 +141,7 @@ async def _get(url: str, seconds: float) -> str:
         aiohttp.ClientSession(timeout=timeout) as session,
         session.get(url, allow_redirects=False) as reply,
     ):
-        _require_ok(reply)
+        await _require_ok(reply)
         async for block in reply.content.iter_any():
             content += block
             if len(content) > LARGEST_METRICS:
@@ -220,6 +224,8 @@ class _Stream:
         if not line.startswith(b"data:") or (data := line[5:].strip()) == b"[DONE]":
             return
         chunk = json.loads(data)
+        if "error" in chunk:
+            raise ValueError(str(chunk["error"]))
         self.usage = (chunk.get("usage") or {}).get("completion_tokens", self.usage)
         for choice in chunk["choices"]:
             if count := len(choice.get("token_ids") or ()):
@@ -257,19 +263,21 @@ async def _ask(
     stream = _Stream(begin=time.perf_counter(), most=body["max_tokens"])
     try:
         async with session.post(f"{url}/v1/{path}", json=body, allow_redirects=False) as reply:
-            _require_ok(reply)
+            await _require_ok(reply)
             async for line in reply.content:
                 stream.add(line)
         return stream.answer(prompt)
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError,
-            RecursionError):  # fmt: skip
+            RecursionError) as error:  # fmt: skip
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))[:MOST_REASON]
         return Answer(
             item=prompt.item, repeat=prompt.repeat, finish="error",
-            tokens=0, seconds=0.0, ttft=None, text="", reasoning="",
+            tokens=0, seconds=0.0, ttft=None, text=reason, reasoning="",
         )  # fmt: skip
 
 
-def _require_ok(reply: aiohttp.ClientResponse) -> None:
+async def _require_ok(reply: aiohttp.ClientResponse) -> None:
     """ValueError also for a redirection: another host would be measured."""
     if reply.status != HTTPStatus.OK:
-        raise ValueError(f"the server answered with status {reply.status}")
+        text = (await reply.content.read(MOST_REASON)).decode(errors="replace")
+        raise ValueError(f"the server answered with status {reply.status} {text}")

@@ -216,9 +216,10 @@ def ask(url: str, prompts: Sequence[Prompt], answers: Answers) -> None:
         if os.fstat(file.fileno()).st_size == 0:
             write(header)
         _, asked = ask_all(url, header.model, left, header.arm.conditions, keep)
-    if failed := sum(answer.finish == "error" for answer in asked):
+    if failed := [answer.text for answer in asked if answer.finish == "error"]:
         remedy = f"see the server's log, and run this again: {answers.path} has the others"
-        raise InvalidResultError(f"{failed} failed requests", where=url, remedy=remedy)
+        what = f"{len(failed)} failed requests: {failed[0]}"
+        raise InvalidResultError(what, where=url, remedy=remedy)
 
 
 def _rows(loaded: Loaded, answers: Answers) -> list[Row]:

@@ -72,7 +72,9 @@ def faults(arm: Arm) -> Iterator[str]:
 
 def _answer_faults(arm: Arm) -> Iterator[str]:
     conditions, cap = arm.result.conditions, arm.result.conditions.max_tokens
-    yield from _counted("failed requests", [row for row in arm.rows if row.finish == "error"])
+    if failed := [row for row in arm.rows if row.finish == "error"]:
+        items = _some([row.item for row in failed])
+        yield f"{len(failed)} failed requests ({items}): {failed[0].fault or 'unknown reason'}"
     cut = [row for row in arm.rows if row.finish == "length"]
     if conditions.ignore_eos:
         short = [row for row in arm.rows if row.output_tokens < cap and row.finish != "error"]

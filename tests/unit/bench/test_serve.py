@@ -50,9 +50,9 @@ PROMPTS = [Prompt(f"q{number}", f"text {number}") for number in range(6)]
 PREDICTED = Drafts(drafts=4, per_position=(4, 0))  # by the fake server, of one answer
 WARM = 2
 FAULTS = {
-    "failed": "failed requests",
-    "cut": "failed requests",
-    "usage": "failed requests",
+    "failed": r"2 failed requests \(q2, q5\): ValueError: the server answered with status 500 full",
+    "cut": "failed requests .*: ClientPayloadError: ",
+    "usage": "failed requests .*: ValueError: half an answer",
     "short": "4 answers below 8 tokens",
     "prefix": "4 prefix-cache hits",
     "reset": "counters went backwards: drafts, draft_tokens, accepted, prefix_hits",
