@@ -21,6 +21,7 @@ REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"
 AUTHOR = "vllm-forge: "  # begins a layer's line in the history
 VERSION = b'{"imageLayoutVersion":"1.0.0"}'
+AGAIN = "build it again, or get it again from where it was published"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +183,7 @@ def read_image(path: Path) -> Image:
             remedy = f"unpack an archive: mkdir image && tar -xf {shlex.quote(path.name)} -C image"
             raise LayoutError(what, where=path, remedy=remedy) from error
         what = f"not an OCI layout with one image: {error}"
-        raise LayoutError(what, where=path, remedy="delete it and build again") from error
+        raise LayoutError(what, where=path, remedy=AGAIN) from error
     return Image(path=path, digest=digest, config=config, manifest=manifest)
 
 
@@ -214,13 +215,13 @@ def verify(
         except (OSError, ValueError) as error:
             actual = f"of nothing: {error}"
         if actual != path.name:
-            remedy = "the layout was changed after the build: delete it and build again"
-            raise LayoutError(f"blob {path.name} has sha256 {actual}", where=path, remedy=remedy)
+            what = f"blob {path.name} has sha256 {actual}: it was changed"
+            raise LayoutError(what, where=path, remedy=AGAIN)
     known = {"index.json", "oci-layout", *(f"blobs/sha256/{hex_digest(name)}" for name in digests)}
     paths = [path for path in image.path.rglob("*") if path.is_symlink() or not path.is_dir()]
     if others := sorted({path.relative_to(image.path).as_posix() for path in paths} - known):
-        remedy = "delete the layout and build again"
-        raise LayoutError(f"{others[0]} is not of its image", where=image.path, remedy=remedy)
+        what = f"{others[0]} is not of its image"
+        raise LayoutError(what, where=image.path, remedy=AGAIN)
     blobs = [layer.blob for layer in image.layers] if unpacked else []
     with ThreadPoolExecutor() as pool:
         for blob, actual in zip(blobs, pool.map(plain_digest, blobs), strict=True):

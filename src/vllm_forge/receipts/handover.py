@@ -43,7 +43,7 @@ def sign_receipt(project: Project, path: Path, key: PrivateKey) -> Path:
         what = f"key {key.public.id} is not in the keyring: what it signs would be refused"
         raise UnknownSignerError(what, where=path, remedy=_add_key(now))
     trusted.require("receipts", now, str(path))
-    if path.parents[1] != project.root / FOLDER:
+    if path.parent.parent != project.root / FOLDER:
         what = f"the receipt is not in {FOLDER}/<digest>"
         remedy = "sign a committed one; those of others are accepted with: receipts accept FILE"
         raise errors.ReceiptKeyError(what, where=path, remedy=remedy)

@@ -20,7 +20,7 @@ from vllm_forge.images.record import read_record
 from vllm_forge.images.rootfs import LOCKED, ROOTFS
 from vllm_forge.release import statements
 from vllm_forge.release.errors import RequirementError
-from vllm_forge.release.evidence import RECEIPT, Evidence, Trust
+from vllm_forge.release.evidence import KINDS, RECEIPT, Evidence, Trust
 from vllm_forge.release.gate import Gate, make_decision
 from vllm_forge.release.mirror import push_layout
 from vllm_forge.release.published import from_registry
@@ -28,7 +28,7 @@ from vllm_forge.release.referrers import attach
 from vllm_forge.release.registry import Reference, Repository
 from vllm_forge.release.tags import Names, choose_names, forms, require_free
 from vllm_forge.release.verify import Report, Verification
-from vllm_forge.signing import PrivateKey, Verified, sign
+from vllm_forge.signing import PrivateKey, Role, Verified, sign
 from vllm_forge.signing.bundle import Statement, sign_keyless
 
 
@@ -60,15 +60,22 @@ class Job:
                     "host has them",
                 )
             ]
+        fault = self.fault(None) or (self.fault("builder") and self.fault("release"))
+        return [] if fault is None else [fault]
+
+    def fault(self, role: Role | None) -> ForgeError | None:
+        """Why the key may not sign for a role now (None: for any)."""
         try:
             if self.key and (row := self.trust.keys.find(keyid=self.key.public.id)):
-                row.require(None, self.clock(), "--key")
+                row.require(role, self.clock(), "--key")
         except ForgeError as error:
-            return [error]
-        return []
+            return error
+        return None
 
     def sign(self, statement: Statement) -> bytes:
-        """A bundle, signed with the key or as this host's identity."""
+        """A bundle, signed with the key, which must have the role, or as this host's identity."""
+        if fault := self.fault(KINDS[statement.predicate_type][1]):
+            raise fault
         if self.key is not None:
             return sign(statement.content, self.key)
         return sign_keyless(statement.content)
@@ -173,15 +180,16 @@ def _bundles(job: Job, gate: Gate, evidence: Evidence) -> Iterator[tuple[str, by
         document = make_sbom(gate.project, gate.cell, image, record)
         sbom = statements.image_statement(gate.cell, image, statements.SBOM, document)
         yield sbom.predicate_type, job.sign(sbom)
-    if not any(map(job.signed, evidence.signers("provenance"))):
+    built = evidence.signers("provenance")
+    if not any(map(job.signed, built)) and not (built and job.fault("builder")):
         statement = statements.make_provenance(gate.project, gate.cell, image, record, job.key)
         yield statement.predicate_type, job.sign(statement)
-    vex = statements.make_vex(gate.project, gate.cell, image, record)
-    if vex is not None and vex.content not in evidence.named.get("vex", {}):
-        yield vex.predicate_type, job.sign(vex)
     for tier, receipt in gate.receipts().items():
         if receipt.statement.content not in evidence.named.get(f"{RECEIPT}-{tier}", {}):
             yield statements.TEST_RESULT, statements.receipt_bundle(receipt)
+    vex = statements.make_vex(gate.project, gate.cell, image, record)
+    if vex is not None and vex.content not in evidence.named.get("vex", {}):
+        yield vex.predicate_type, job.sign(vex)
 
 
 def _verification(job: Job, gate: Gate, *, decided: bool) -> Verification:

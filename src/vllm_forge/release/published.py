@@ -166,7 +166,8 @@ def _image(digest: str, manifest: Any, config: Any, path: Path) -> Image:
 
 
 def attest_folder(layout: Path) -> Path:
-    """Where the bundles of an image in a folder are."""
+    """Where the bundles of an image in a folder are: also of ``.``, and behind a link."""
+    layout = layout.resolve()
     return layout.with_name(f"{layout.name}.attest")
 
 

@@ -82,8 +82,8 @@ class Reference:
         raise UsageError(
             f"invalid image reference {LOGGED_IN.sub('', text)[:SHOWN]!r}: "
             "expected HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]",
-            remedy="write the host, e.g. docker.io/NAME for Docker Hub; for a registry that asks "
-            "for a password, run: skopeo login HOST",
+            remedy="write the host, e.g. docker.io/NAME for Docker Hub; write the path of a folder "
+            "as ./NAME; for a registry that asks for a password, run: skopeo login HOST",
         )
 
     def at(self, digest: str) -> Self:

@@ -169,8 +169,9 @@ class TestSign:
     ) -> None:
         path = commit(project).rename(tmp_path / "elsewhere.json")
         trust(project.root, lab.public)
-        with pytest.raises(ReceiptKeyError, match="not in records/receipts"):
-            sign_receipt(project, path, lab.private)
+        for elsewhere in (path, type(path)("/receipt.json")):
+            with pytest.raises(ReceiptKeyError, match="not in records/receipts"):
+                sign_receipt(project, elsewhere, lab.private)
 
 
 class _Clock(datetime):

@@ -62,6 +62,17 @@ def test_image_and_bundles_are_copied_to_a_folder(source: Reference, tmp_path: P
     assert bundles_of(target) == bundles
 
 
+@pytest.mark.parametrize("name", [".", "../vllm", "../link"])
+def test_folder_by_another_name_has_its_bundles(
+    source: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    digest = download(source, tmp_path / "vllm")
+    (tmp_path / "link").symlink_to(tmp_path / "vllm")
+    monkeypatch.chdir(tmp_path / "vllm")
+    assert len(bundles_of(Path(name))) == 2
+    assert download(source, Path(name)) == digest
+
+
 def test_what_is_attached_later_is_added(
     source: Reference, repository: Repository, tmp_path: Path
 ) -> None:

@@ -44,10 +44,12 @@ from vllm_forge.release.evidence import Trust
 from vllm_forge.release.gate import Waiver
 from vllm_forge.release.pipeline import Outcome, release
 from vllm_forge.release.published import from_registry
+from vllm_forge.release.referrers import PREDICATE, referrers
 from vllm_forge.release.registry import Reference, Repository
 from vllm_forge.release.tags import Names
 from vllm_forge.release.verify import Report, Verification, describe
 from vllm_forge.signing import Keyring
+from vllm_forge.signing.errors import KeyRoleError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -343,6 +345,35 @@ def test_key_that_does_not_count_is_refused_before_a_build(
     with pytest.raises(GateRefusedError, match=what):
         run(releases, "candidate")
     assert registry.requests == []
+
+
+def test_key_that_signs_no_statement_of_a_release_is_refused_before_a_build(
+    releases: Releases, registry: RegistryServer
+) -> None:
+    with pytest.raises(GateRefusedError, match="key lab may sign receipts, not release"):
+        run(releases, "candidate", key="lab")
+    assert registry.requests == []
+
+
+def test_builder_and_releaser_with_keys_of_their_own(
+    releases: Releases, repository: Repository
+) -> None:
+    """Each signs what its key may; nothing is attached that would not count."""
+    table = releases.mini.root / "records/keys/keyring.toml"
+    table.write_text(table.read_text().replace('"release", "builder", "vex"', '"release"'))
+    commit(releases.mini.root)
+    with pytest.raises(KeyRoleError, match="key release may sign release, not builder"):
+        run(releases, "candidate")
+    for _ in range(2):
+        with pytest.raises(KeyRoleError, match="key second may sign builder, not release"):
+            run(releases, "candidate", key="second")
+    digest = run(releases, "candidate").digest
+    attached = referrers(repository, digest)
+    assert sorted(row.artifact.annotations[PREDICATE] for row in attached) == sorted(
+        [statements.SBOM, statements.PROVENANCE, statements.VSA]
+    )
+    report = verified(releases, ":0.1.0-forge.1-alpha-rc1", "candidate")
+    assert (report.findings, report.not_counted) == ([], [])
 
 
 def test_full_disk_names_nothing_and_goes_on(
