@@ -205,9 +205,8 @@ def _collect(project: Project, args: argparse.Namespace, record: "RunRecord") ->
             try:
                 receipts.append(make_receipt(project, result, args.key))
             except ForgeError as error:
-                rows[number] = row.model_copy(
-                    update={"verdict": results.REFUSED, "why": error.what}
-                )
+                why = f"{error.what}; {error.remedy}"
+                rows[number] = row.model_copy(update={"verdict": results.REFUSED, "why": why})
     _show(args, record, rows, receipts)
     results.require_green(record.run, rows)
 

@@ -183,7 +183,7 @@ def _copy(files: Mapping[str, str], source: Path, target: Path) -> None:
 
 def require_green(run: str, rows: Sequence[Outcome]) -> None:
     """Raise the error of the worst verdict: red before those without one, faults last."""
-    again = "see the job's log in the run's folder of storage, and dispatch again"
+    again = "do what its row says; else see its log in the run's folder, and dispatch again"
     for kind, verdicts, remedy in (
         (JobsRedError, {RED}, "see the results in dist/dispatch, and fix what is red"),
         (JobsUndecidedError, {WAITING}, f"collect again: dispatch collect {run}"),

@@ -16,6 +16,7 @@ from vllm_forge.dispatch.results import State
 from vllm_forge.dispatch.runs import Ask, RunRecord
 from vllm_forge.dispatch.site import Site, Slurm, SlurmBuild, SlurmSku
 from vllm_forge.errors import suggestion
+from vllm_forge.gputest.kit import PYTHON
 from vllm_forge.host import printable, write_whole
 
 TERM_S = 60  # from SIGTERM to the end of a job's time, in which the suite writes what it has
@@ -71,7 +72,7 @@ def _script(specs: Sequence[JobSpec], site: Site, run: str, folder: Path) -> str
     return f"""#!/bin/bash
 {head}
 names=({names})
-exec python3 {folder}/node.py {folder} "${{names[SLURM_ARRAY_TASK_ID]}}" \\
+{PYTHON}exec python3 {folder}/node.py {folder} "${{names[SLURM_ARRAY_TASK_ID]}}" \\
     --attempt "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}" \\
     --restarts "${{SLURM_RESTART_COUNT:-0}}" \\
     --cuda "${{CUDA_VISIBLE_DEVICES:-}}" --gpus "${{SLURM_JOB_GPUS:-}}"

@@ -31,13 +31,15 @@ KEEP_KEY = 'mkdir -p "$1" && { [ -e "$1/$2" ] || cp "/forge/$2" "$1"; } && shift
 TURNS = ("/opt/venv/bin/python", "-m", "vllm_forge.bench.turns", "/forge/bench", "/output")
 HOST = Path(__file__).with_name("kit_host.py")
 CHUNK = 1 << 22
-RUN = """#!/bin/sh
+# An older one would end with a syntax error.
+PYTHON = """python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
+    { echo 'no python3 of 3.9 or newer: put the folder of one first in PATH' >&2; exit 1; }
+"""
+RUN = f"""#!/bin/sh
 # sh run.sh take           keep the parts beside this file; once for each batch of parts
 # sh run.sh go OUTPUT      verify, unpack, run the suite in the image; see kit.py
 # sh run.sh bench OUTPUT   the same for the sessions of benchmarks that the kit has
-python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
-    { echo 'run.sh: no python3 of 3.9 or newer: put the folder of one first in PATH' >&2; exit 1; }
-exec python3 "$(dirname "$0")/kit.py" "$@"
+{PYTHON}exec python3 "$(dirname "$0")/kit.py" "$@"
 """
 
 

@@ -12,7 +12,12 @@ from tests.support.registry_client import small_layout
 from tests.support.site import JOB, make_site
 from vllm_forge.commands import dispatch
 from vllm_forge.dispatch import runs
-from vllm_forge.dispatch.errors import JobsRedError, RunFolderError, SchedulerError
+from vllm_forge.dispatch.errors import (
+    JobsRedError,
+    JobsUndecidedError,
+    RunFolderError,
+    SchedulerError,
+)
 from vllm_forge.dispatch.results import Outcome, State
 from vllm_forge.dispatch.runs import (
     RunRecord,
@@ -24,6 +29,8 @@ from vllm_forge.dispatch.runs import (
 )
 from vllm_forge.images.layout import read_image
 from vllm_forge.project import Project
+from vllm_forge.receipts import verification
+from vllm_forge.receipts.errors import ReceiptKeyError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,3 +149,21 @@ def test_collecting_begins_while_the_scheduler_is_silent(
     with pytest.raises(JobsRedError):
         dispatch._collect(Project(checkout), args, record)
     assert answers.answers == []
+
+
+def test_result_without_a_receipt_says_what_to_do(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unsigned one needs a key here, and no other run."""
+
+    def refuse(*_: object) -> None:
+        raise ReceiptKeyError("the receipt is unsigned", remedy="sign it")
+
+    monkeypatch.setattr(verification, "make_receipt", refuse)
+    monkeypatch.setattr(dispatch, "_outcomes", lambda *_: [Outcome(name="job", verdict="green")])
+    args = argparse.Namespace(wait=False, json=True, key=None)
+    record = RECORD.model_copy(update={"specs": (JOB.model_copy(update={"name": "job"}),)})
+    with pytest.raises(JobsUndecidedError) as raised:
+        dispatch._collect(Project(checkout), args, record)
+    assert '"the receipt is unsigned; sign it"' in capsys.readouterr().out
+    assert raised.value.remedy.startswith("do what its row says")

@@ -66,6 +66,21 @@ def test_script_is_an_array_that_is_never_requeued(root: Path, tmp_path: Path) -
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+def test_old_python_of_a_node_is_named(root: Path, tmp_path: Path) -> None:
+    """As RHEL 8 has it; node.py would be a syntax error."""
+    site, specs = make(root, tmp_path, "kernel")
+    (_, script), *_ = slurm.batches(specs, site, "r1")
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\n[ "$1" != -c ] || exit 1\necho SyntaxError\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", "-c", script], env={"PATH": str(tmp_path)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("no python3 of 3.9 or newer")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "tiers", "said"),
     [

@@ -674,7 +674,7 @@ def test_old_python_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     python.write_text('#!/bin/sh\n[ "$1" != -c ] || exit 1\necho SyntaxError\n')
     python.chmod(0o755)
     monkeypatch.setenv("PATH", f"{python.parent}:/usr/bin:/bin")
-    assert call(folder, "take", code=1).startswith("run.sh: no python3 of 3.9 or newer")
+    assert call(folder, "take", code=1).startswith("no python3 of 3.9 or newer")
 
 
 def test_host_side_stands_alone() -> None:
