@@ -87,6 +87,7 @@ def problems(error: ValidationError, model: Any = None) -> list[str]:
         else:
             message = item["msg"].removeprefix("Value error, ")  # of a check of our own
             message = message.replace("a valid tuple", "a list")  # as TOML and JSON say
+            message = message.partition(" or instance of ")[0]
             rows.append(f"{place}: {message}" if place else message)
     return rows
 

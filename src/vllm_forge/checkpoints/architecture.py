@@ -17,7 +17,15 @@ from itertools import chain
 from typing import Annotated, Any, Self
 
 from packaging.version import Version
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.tensors import TensorSpec
@@ -58,6 +66,11 @@ def _scalar(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value  # as compressed-tensors reads it
 
 
+def _blocks(value: Any) -> Any:
+    """Older writers' "128x128" as [128, 128]."""
+    return [int(side) for side in value.split("x")] if isinstance(value, str) else value
+
+
 Size = Annotated[int, Field(ge=1, le=MOST)]
 Text = Annotated[str, AfterValidator(_one_line)]
 Name = Annotated[str, Field(max_length=MOST_CHARACTERS)]
@@ -81,9 +94,7 @@ class Rules:
 
     def match(self, name: str) -> bool:
         """Whether one of the rules means a module of that name."""
-        if name in self.literal or LINEAR_CLASS in self.literal:
-            return True
-        return any(pattern.match(name) for pattern in self._patterns)
+        return name in self.literal or any(pattern.match(name) for pattern in self._patterns)
 
     def means(self, name: str, version: Version) -> bool:
         """Whether one of the rules means the module, as this vLLM asks."""
@@ -118,28 +129,54 @@ class _Keys(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class Scheme(_Keys):
-    num_bits: Scalar = None
-    type: Scalar = None
+class Scheme(BaseModel):
+    """The arguments that compressed-tensors knows (0.15 to 0.19, quant_args.py); no others."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    num_bits: Scalar = 8
+    type: Scalar = "int"
     symmetric: Scalar = True
     strategy: Scalar = None
     group_size: Scalar = None
-    block_structure: list[int] | None = None
+    block_structure: Annotated[list[int] | None, BeforeValidator(_blocks)] = None
     actorder: Scalar = None
-    dynamic: Scalar = None
+    dynamic: Scalar = False
+    scale_dtype: Any = None
+    zp_dtype: Any = None
+    observer: Any = None
+    observer_kwargs: Any = None
+
+    @model_validator(mode="after")
+    def _infer_strategy(self) -> Self:
+        if self.strategy is None:
+            self.strategy = {None: "tensor", -1: "channel"}.get(self.group_size, "group")
+        return self
 
 
 class Group(_Keys):
     """One of config_groups: the modules that its targets mean, and how they are quantized."""
 
-    targets: list[Text] | None = None
-    weights: Scheme | None = None
+    targets: list[Text]
+    weights: Scheme
     input_activations: Scheme | None = None
     format: str | None = None
 
     @cached_property
     def rules(self) -> Rules:
-        return Rules(self.targets or ())
+        return Rules(self.targets)
+
+
+def _of_modules(groups: Any) -> Any:
+    """Without groups that mean an attention's class, for its cache: vLLM leaves them out."""
+
+    def is_kept(group: Any) -> bool:
+        match group:
+            case {"targets": [str(only)]}:
+                return not only.endswith("Attention")
+        return True
+
+    is_dict = isinstance(groups, dict)
+    return {name: g for name, g in groups.items() if is_kept(g)} if is_dict else groups
 
 
 class Quantization(_Keys):
@@ -148,7 +185,11 @@ class Quantization(_Keys):
     moe_quant_algo: Name | None = None
     scale_fmt: Scalar = None
     ignore: list[Text] | None = None
-    config_groups: dict[Text, Group] | None = Field(default=None, max_length=MOST_GROUPS)
+    config_groups: Annotated[
+        dict[Text, Group] | None,
+        BeforeValidator(_of_modules),
+        Field(max_length=MOST_GROUPS),
+    ] = None
 
 
 class Config(_Keys):
@@ -198,7 +239,7 @@ def require_deepseek_v4(config: Mapping[str, Any], where: str) -> None:
     except ValidationError as error:
         rows = shortened([printable(row) for row in problems(error)], SHOWN)
         what = f"invalid config.json: {'; '.join(rows)}"
-        remedy = "take it from the source model"
+        remedy = "take it from where the tensors are from"
         raise CheckpointUnreadableError(what, where=where, remedy=remedy) from None
 
 

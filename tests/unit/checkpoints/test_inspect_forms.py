@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.layouts import ONES, layout
+from tests.support.layouts import ATTENTION, ONES, layout
 from tests.support.memory import inspect_files
 from vllm_forge.checkpoints.checkpoint import MAX_TEXT, Checkpoint, Folder, find_source
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
@@ -151,6 +151,52 @@ def _half_scales(dtype: str, zero: bool, case: Case) -> None:
     case.ones[dtype] = bytes(2) if zero else {"BF16": b"\x80\x3f", "F16": b"\x00\x3c"}[dtype]
 
 
+def _groups(case: Case, targets: str | None = None, **change: Any) -> None:
+    """Both groups changed, without what is None; or another one for ``targets``."""
+    groups = case.config["quantization_config"]["config_groups"]
+    if targets is not None:
+        groups["more"] = {"targets": [targets], **change}
+        return
+    for name, group in groups.items():
+        groups[name] = {k: v for k, v in (group | change).items() if v is not None}
+
+
+def _weights(case: Case, **change: Any) -> None:
+    """Other arguments of the experts' weights."""
+    case.config["quantization_config"]["config_groups"]["group_1"]["weights"] |= change
+
+
+def _int4_groups_of_32(case: Case) -> None:
+    _weights(case, group_size=32)
+    for name, (dtype, (rows, columns)) in [
+        (n, (d, s)) for n, (d, s) in case.rows.items() if ".experts." in n and len(s) == 2
+    ]:
+        if name.endswith(".weight_scale"):
+            case.rows[name] = (dtype, (rows, 4 * columns))
+
+
+def _by_the_class_of_linear_layers(case: Case) -> None:
+    """The attention's group means them all; the experts' names its own."""
+    case.config["quantization_config"]["config_groups"]["group_0"]["targets"] = ["Linear"]
+
+
+def _experts_alone(case: Case, scheme: Any) -> None:
+    case.config["quantization_config"]["config_groups"]["group_1"]["input_activations"] = scheme
+
+
+def _nvfp4_wo_a(case: Case) -> None:
+    groups = case.config["quantization_config"]["config_groups"]
+    groups["group_0"]["targets"] = [r"re:.*\.attn\.(fused_wqa_wkv|wq_a|wkv|wq_b|wo_b)$"]
+    groups["group_1"]["targets"] = ["Linear"]
+    for layer in range(3):
+        name = f"layers.{layer}.attn.wo_a"
+        rows, columns = case.rows.pop(f"{name}.weight")[1]
+        case.rows[f"{name}.weight_packed"] = ("U8", (rows, columns // 2))
+        case.rows[f"{name}.weight_scale"] = ("F8_E4M3", (rows, columns // 16))
+        case.rows[f"{name}.weight_global_scale"] = ("F32", ())
+        case.rows[f"{name}.input_global_scale"] = ("F32", ())
+
+
 def _plain_wo_b(case: Case) -> None:
     name = "layers.0.attn.wo_b"
     case.rows[f"{name}.weight"] = ("BF16", case.rows[f"{name}.weight"][1])
@@ -251,9 +297,43 @@ FORMS: dict[str, tuple[str, Callable[[Case], Any], tuple[str, str, str], str]] =
         "card", partial(_group, "weights", type="FLOAT", strategy="BLOCK"), (MTP, MTP, MTP), "",
     ),
     "sparsity": (
-        "card", partial(_quantization, sparsity_config={"format": "dense"}), (NOT, NOT, NOT),
-        "sparsity_config",
+        "card", partial(_quantization, sparsity_config={"format": "dense", "targets": ["Linear"]}),
+        (NOT, NOT, NOT), "sparsity_config",
     ),
+    "sparsity of nothing": (
+        "card", partial(_quantization, sparsity_config={"format": "dense"}), (MTP, MTP, MTP), "",
+    ),
+    "ignore is null": ("card", partial(_quantization, ignore=None), (NOT, NOT, NOT), "is null"),
+    "a class before names": ("card", _by_the_class_of_linear_layers, (MTP, MTP, MTP), ""),
+    "a group for the cache": (
+        "card", partial(_groups, targets="LlamaAttention", weights=None), (MTP, MTP, MTP), "",
+    ),
+    "blocks as a word": (
+        "card", partial(_group, "weights", block_structure="128x128"), (MTP, MTP, MTP), "",
+    ),
+    "weights that are dynamic": (
+        "card", partial(_group, "weights", dynamic=True), (NOT, NOT, NOT), "arguments do not fit",
+    ),
+    "no format of FP8": ("card", partial(_groups, format=None), (NOT, NOT, NOT), "format"),
+    "a format for INT4 that is not": (
+        "w4a16-fp8-mtp", partial(_groups, format="int-quantized"), (NOT, NOT, NOT), "format",
+    ),
+    "NVFP4 with FP8 activations": (
+        "card", partial(_experts_alone, scheme=ATTENTION["input_activations"]), (NOT, NOT, NOT),
+        "activations differ",
+    ),
+    "INT4 with FP8 activations": (
+        "w4a16-fp8-mtp", partial(_experts_alone, scheme=ATTENTION["input_activations"]),
+        (NOT, NOT, NOT), "activations differ",
+    ),
+    "INT4 in groups of 32": ("w4a16-fp8-mtp", _int4_groups_of_32, (MTP, MTP, MTP), ""),
+    "INT4 that states groups of 32": (
+        "w4a16-fp8-mtp", partial(_weights, group_size=32), (NOT, NOT, NOT), "wrong dtype or shape",
+    ),
+    "INT4 without a strategy": (
+        "w4a16-fp8-mtp", partial(_weights, strategy=None), (MTP, MTP, MTP), "",
+    ),
+    "wo_a in NVFP4": ("card", _nvfp4_wo_a, (NOT, NOT, NOT), "wo_a has 4 bits"),
     "half of a fused module ignored": (
         "card", _ignore(r"re:.*layers\.0\.attn\.wq_a$"), (MTP, MTP, NOT), "part of a fused module",
     ),

@@ -11,10 +11,10 @@ import pytest
 from packaging.version import Version
 
 from tests.support.layouts import layout, layout_config, profile_of
-from vllm_forge.checkpoints.architecture import Rules
+from vllm_forge.checkpoints.architecture import Group, Rules
 from vllm_forge.checkpoints.inspect.inspection import find_all
 from vllm_forge.checkpoints.inspect.manifest import departures, named, nearest
-from vllm_forge.checkpoints.inspect.matching import probes
+from vllm_forge.checkpoints.inspect.matching import probes, resolve
 from vllm_forge.checkpoints.inspect.profile import Drafter, Format, drafter_of, recognize, split
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ OLD, NEW = Version("0.26.0"), Version("0.33.0")
         (r"re:.*layers\.3.*", "model.layers.31.attn.wq_a", True),
         (WQ_A, WQ_A, True),
         ("wq_a", WQ_A, False),
-        ("Linear", WQ_A, True),
+        ("Linear", WQ_A, False),  # a class, see matching.resolve
     ],
 )
-def test_a_rule_is_a_name_a_class_or_a_pattern(rule: str, name: str, expected: bool) -> None:
+def test_a_rule_is_a_name_or_a_pattern(rule: str, name: str, expected: bool) -> None:
     assert Rules([rule]).match(name) is expected
 
 
@@ -63,6 +63,19 @@ def test_the_parts_mean_the_whole_since_the_model_says_so(
     rules: list[str], version: Version, expected: bool
 ) -> None:
     assert Rules(rules).means(FUSED, version) is expected
+
+
+def test_a_name_comes_before_a_class_and_an_ignore_list_means_no_class() -> None:
+    scheme = {"targets": ["Linear"], "weights": {"num_bits": 8}}
+    by_class, by_name = (
+        Group.model_validate({**scheme, "targets": targets})
+        for targets in (["Linear"], [r"re:.*\.wq_a$"])
+    )
+    groups, none = {"first": by_class, "second": by_name}, Rules([])
+    assert resolve(groups, none, WQ_A, OLD) is by_name
+    assert resolve(groups, none, FUSED, OLD) is by_class
+    assert resolve(groups, Rules(["Linear"]), FUSED, OLD) is by_class
+    assert resolve(groups, Rules([FUSED]), FUSED, OLD) is None
 
 
 def test_experts_are_asked_for_by_other_names_since_0_32() -> None:

@@ -10,7 +10,14 @@ from typing import Any
 
 from packaging.version import Version
 
-from vllm_forge.checkpoints.architecture import FUSION_KNOWN, LINEAR_CLASS, Group, Rules, compiled
+from vllm_forge.checkpoints.architecture import (
+    FUSION_KNOWN,
+    LINEAR_CLASS,
+    Group,
+    Rules,
+    Scheme,
+    compiled,
+)
 from vllm_forge.checkpoints.inspect import matching
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, finding, scoped, summarize
 from vllm_forge.checkpoints.inspect.matching import PROBES_CHANGED
@@ -38,8 +45,17 @@ ARGUMENTS: dict[Format, dict[str, Any]] = {
     Format.NVFP4: {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
     Format.W4A16: {"num_bits": 4, "type": "int", "strategy": "group"},
 }  # fmt: skip
+# What its format must be, its own or else the config's (compressed_tensors.py,
+# `_get_scheme_from_parts`, and compressed_tensors_moe.py); NVFP4 is not asked.
+WRITTEN = {
+    Format.FP8_BLOCK: {
+        "float-quantized", "int-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    },
+    Format.W4A16: {"pack-quantized"},
+}  # fmt: skip
 # What DeepSeek's own config must say for FP8 blocks (fp8.py, `from_config`).
 NATIVE_ARGUMENTS = {"weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+PACKED = {Format.NVFP4, Format.MODELOPT_NVFP4, Format.W4A16, Format.MXFP4_NATIVE}
 # Orders that permute at run time (compressed_tensors/quantization/quant_args.py).
 ORDERED = {"group", "dynamic"}
 # Literal entries that people write for what is never quantized.
@@ -89,8 +105,11 @@ def method(profile: Profile) -> Iterator[Finding]:
         yield finding("unknown-method", named, ", ".join(sorted({COMPRESSED, *NATIVE})))
     if "scale_fmt" not in profile.quantization:
         yield finding("no-scale-fmt")
-    if named == COMPRESSED and profile.quantization.get("sparsity_config"):
+    sparsity = profile.quantization.get("sparsity_config")
+    if named == COMPRESSED and isinstance(sparsity, dict) and sparsity.get("targets"):
         yield finding("sparsity")
+    if named == COMPRESSED and profile.quantization.get("ignore", ()) is None:
+        yield finding("null-ignore")
 
 
 def native(profile: Profile) -> Iterator[Finding]:
@@ -197,9 +216,22 @@ def activations(profile: Profile) -> Iterator[Finding]:
 
 
 def is_of(group: Group, kind: Format) -> bool:
-    """Whether a group says of its weights what a format needs; none has zero points."""
-    wanted = ARGUMENTS[kind] | {"symmetric": True}
-    return all(getattr(group.weights, key, None) == value for key, value in wanted.items())
+    """Whether a group says of its weights what a format needs."""
+    return _states(group.weights, kind) and not group.weights.dynamic
+
+
+def _states(scheme: Scheme, kind: Format) -> bool:
+    wanted = ARGUMENTS[kind] | {"symmetric": True}  # none has zero points
+    return all(getattr(scheme, key) == value for key, value in wanted.items())
+
+
+def _fits(group: Group, kind: Format) -> bool:
+    """Whether vLLM takes a group for weights that are stored so."""
+    inputs = group.input_activations
+    taken = inputs is None or (kind is Format.NVFP4 and _states(inputs, kind))
+    if kind is Format.FP8_BLOCK and inputs is not None:
+        taken = bool(inputs.dynamic)  # static scales of inputs are not stored beside blocks
+    return taken and is_of(group, kind) and group.format in WRITTEN.get(kind, (group.format,))
 
 
 def _weights_only(group: Group) -> bool:
@@ -218,25 +250,26 @@ def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
     """
     if profile.malformed is not None:
         return  # `rules` reports it
-    modules = []
+    modules, packed = [], []
     for layer, block in profile.blocks.items():
         name = f"model.layers.{layer}.attn.wo_a"
         group = matching.resolve(profile.groups, profile.ignored, name, FIRST)
         kind = profile.formats.get(f"{block}.attn.wo_a")
         if kind is Format.FP8_BLOCK and group is not None and _weights_only(group):
             modules.append(f"{block}.attn.wo_a.weight")
+        elif kind in PACKED:
+            packed.append(f"{block}.attn.wo_a.weight")
     yield from scoped("repacked-wo_a", modules)
+    yield from scoped("packed-wo_a", packed)
 
 
 def actorder(profile: Profile) -> Iterator[Finding]:
     """Orders of activations, as GPTQ has them."""
     for name, group in profile.groups.items():
-        if (weights := group.weights) is None:
-            continue
-        order = weights.actorder
+        order = group.weights.actorder
         if order in ORDERED and not any(n.endswith("weight_g_idx") for n in profile.names):
             yield finding("order-not-stored", name, order)
-        elif order is not None and weights.type == "int":
+        elif order is not None and group.weights.type == "int":
             yield finding("actorder", name, order)
 
 
@@ -264,7 +297,7 @@ def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
 
 
 def rules(profile: Profile) -> Iterator[Finding]:
-    """No rules that are malformed, or that match no module at all, or every one."""
+    """No rules that are malformed, or that match no module at all."""
     if not profile.groups:
         return
     if profile.malformed is not None:
@@ -272,21 +305,18 @@ def rules(profile: Profile) -> Iterator[Finding]:
         return
     known = set(matching.serving_modules(profile.model, profile.blocks))
     stored = {*profile.modules, *(f"model.{module}" for module in profile.modules)}
+    names = known | stored | {LINEAR_CLASS}
     for name, group in profile.groups.items():
-        idle = group.rules.literal - known - stored - {LINEAR_CLASS}
-        for target in group.targets or ():
-            if target in group.rules.literal and target != LINEAR_CLASS:
-                continue
-            rule = Rules([target])
-            hits = sum(map(rule.match, known))
-            if hits == len(known):
-                yield finding("targets-every", f"{name}: {target}")
-            elif not hits and not any(map(rule.match, stored)):
-                idle.add(target)
+        literal = group.rules.literal
+        idle = [
+            target
+            for target in dict.fromkeys(group.targets)
+            if target not in names
+            and (target in literal or not any(map(Rules([target]).match, names)))
+        ]
         if idle:
-            first, *others = [target for target in group.targets or () if target in idle]
-            more = f" and {len(others)} more" if others else ""
-            yield finding("targets-none", f"{name}: {first}{more}")
+            more = f" and {len(idle) - 1} more" if idle[1:] else ""
+            yield finding("targets-none", f"{name}: {idle[0]}{more}")
     if stale := sorted(profile.ignored.literal - HARMLESS - known):
         yield finding("stale-ignore", len(stale), stale[0])
 
@@ -335,11 +365,7 @@ def _fault(kind: Format, group: Group | None, *, draft: bool, hidden: bool) -> s
     if kind is Format.PLAIN:
         return "" if group is None else "draft-not-ignored" if draft else "not-quantized"
     if group is not None:
-        inputs = group.input_activations
-        # Static scales of inputs are not stored beside blocks.
-        static = kind is Format.FP8_BLOCK and inputs is not None and not inputs.dynamic
-        fits = kind in ARGUMENTS and is_of(group, kind) and not static
-        return "" if fits else "other-arguments"
+        return "" if kind in ARGUMENTS and _fits(group, kind) else "other-arguments"
     return "draft-not-described" if draft else "broad-ignore" if hidden else "no-target"
 
 

@@ -174,12 +174,13 @@ INTEGERS = {"I64", "I32"}
 def shapes(profile: Profile) -> Iterator[Finding]:
     """Every scale that its format has, under its name, in its dtype and shape."""
     faults: dict[str, list[str]] = defaultdict(list)
+    group = profile.int4_group
     for tensor in (*profile.main.values(), *profile.draft.values()):
         if not tensor.name.endswith(".weight") or len(tensor.shape) != MATRIX:
             continue
         kind = profile.formats.get(tensor.name.removesuffix(".weight"), Format.UNKNOWN)
         if kind not in (Format.UNKNOWN, Format.PLAIN):
-            for required in stored_as(tensor, kind):
+            for required in stored_as(tensor, kind, group):
                 fault, name = _fault(profile, required)
                 faults[fault].append(name)
     yield from _surplus(profile)

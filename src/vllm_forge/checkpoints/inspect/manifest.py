@@ -179,8 +179,7 @@ def config_facts(profile: Profile) -> dict[str, Any]:
     for group in profile.groups.values():
         for kind in filter(partial(is_of, group), ARGUMENTS):
             inputs = getattr(group.input_activations, "dynamic", None)
-            order = getattr(group.weights, "actorder", None)
-            for key, value in (("inputs", inputs), ("actorder", order)):
+            for key, value in (("inputs", inputs), ("actorder", group.weights.actorder)):
                 if value not in (values := by_format[f"{kind}.{key}"]):
                     values.append(value)
     facts = {key: profile.quantization.get(key) for key in FACTS}

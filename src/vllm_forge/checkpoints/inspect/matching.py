@@ -14,11 +14,20 @@ time, which a busy machine does not exhaust; ``re`` looks for signals while it m
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from packaging.version import Version
 
-from vllm_forge.checkpoints.architecture import FUSED, PATTERN, SPARSE, Group, Rules, compiled
+from vllm_forge.checkpoints.architecture import (
+    FUSED,
+    LINEAR_CLASS,
+    PATTERN,
+    SPARSE,
+    Group,
+    Rules,
+    compiled,
+)
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 
 # get_moe_method probes three names of expert 0 below the experts' own name.
@@ -35,10 +44,15 @@ MAX_LENGTH = 1 << 16  # of a pattern: its compiled form takes memory
 def resolve(
     groups: Mapping[str, Group], ignore: Rules, name: str, version: Version
 ) -> Group | None:
-    """The group that a module gets; None: it is not quantized."""
+    """The group that a module gets; None: it is not quantized.
+
+    One that means its name comes before all that mean its class; an ignore list means no class.
+    """
     if ignore.means(name, version):
         return None
-    return next((group for group in groups.values() if group.rules.means(name, version)), None)
+    named = (group for group in groups.values() if group.rules.means(name, version))
+    classes = (group for group in groups.values() if LINEAR_CLASS in group.rules.literal)
+    return next(chain(named, classes), None)
 
 
 def probes(version: Version) -> tuple[str, str, str]:

@@ -29,6 +29,7 @@ LINEAR = re.compile(
     r"\.(w1|w2|w3|wq_a|wq_b|wkv|wo_a|wo_b|wgate|weights_proj|e_proj|h_proj|main_proj)\.weight$"
 )
 HALF = ("BF16", "F16")
+INT4_GROUP, INT4_GROUPS = 128, (32, 64, 128)  # the usual columns of a scale, and all that run
 # Of embedding and head, which some artifacts repeat: name -> whose bytes.
 ALIASES = {"mtp.0.emb.tok_emb.weight": "embed.weight", "mtp.0.head.weight": "head.weight"}
 
@@ -145,7 +146,7 @@ PIECES: dict[Format, tuple[Piece, ...]] = {
     ),
     Format.W4A16: (
         Piece("weight_packed", ("I32",), (1, 8)),
-        Piece("weight_scale", ("BF16",), (1, 128)),
+        Piece("weight_scale", ("BF16",), (1, INT4_GROUP)),
         Piece("weight_shape", ("I64", "I32"), fixed=(2,)),
     ),
     Format.FP8_BLOCK: (
@@ -174,12 +175,15 @@ class RequiredTensor(TensorSpec):
     converted: tuple[str, ...] = ()
 
 
-def stored_as(tensor: TensorSpec, kind: Format) -> Iterator[RequiredTensor]:
+def stored_as(
+    tensor: TensorSpec, kind: Format, int4_group: int = INT4_GROUP
+) -> Iterator[RequiredTensor]:
     """The stored tensors of a weight of the unquantized model (``tensor`` is [rows, columns])."""
     module = tensor.name.removesuffix(".weight")
     for piece in PIECES[kind]:
+        block = (1, int4_group) if piece.block == (1, INT4_GROUP) else piece.block
         dtypes = (tensor.dtype,) if kind is Format.PLAIN else piece.dtypes
-        shape = (-(-extent // part) for extent, part in zip(tensor.shape, piece.block, strict=True))
+        shape = (-(-extent // part) for extent, part in zip(tensor.shape, block, strict=True))
         yield RequiredTensor(
             name=f"{module}.{piece.suffix}",
             dtype=dtypes[0],
@@ -223,7 +227,7 @@ class Profile(Checkpoint):
         """Refuse another model, and patterns that do not terminate."""
         where = f"{self.source}, config.json"
         architecture.require_deepseek_v4(self.model, where)
-        targets = [rule for group in self.groups.values() for rule in group.targets or ()]
+        targets = [rule for group in self.groups.values() for rule in group.targets]
         patterns = sum(map(matching.is_pattern, [*self.ignore, *targets]))
         if patterns > matching.MOST_PATTERNS:
             raise CheckpointUnreadableError(
@@ -271,7 +275,19 @@ class Profile(Checkpoint):
 
     @cached_property
     def groups(self) -> dict[str, architecture.Group]:
-        return architecture.Quantization.model_validate(self.quantization).config_groups or {}
+        """Those of config_groups, each with a format: its own, or else the config's."""
+        config = architecture.Quantization.model_validate(self.quantization)
+        return {
+            name: group.model_copy(update={"format": group.format or config.format})
+            for name, group in (config.config_groups or {}).items()
+        }
+
+    @property
+    def int4_group(self) -> int:
+        """Columns of a scale of INT4 weights, where one size is stated that vLLM has."""
+        stated = {g.weights.group_size for g in self.groups.values() if g.weights.type == "int"}
+        (size,) = stated if len(stated) == 1 else (INT4_GROUP,)
+        return size if size in INT4_GROUPS else INT4_GROUP
 
     @property
     def ignore(self) -> list[str]:

@@ -20,6 +20,7 @@ from vllm_forge.checkpoints.inspect.findings import Finding, Scope, finding, sum
 from vllm_forge.checkpoints.inspect.profile import (
     ALIASES,
     DRAFT,
+    INT4_GROUP,
     PIECES,
     Format,
     Part,
@@ -88,6 +89,7 @@ def _grouped(made: Profile, source: Profile) -> dict[tuple[Part, bool, Format], 
         if (
             suffix in ("", "weight", "weight_packed")
             and kind is not Format.UNKNOWN
+            and (kind is not Format.W4A16 or made.int4_group == INT4_GROUP)  # no codec of others
             and _source_name(source, weight) in source.tensors
         ):
             key = (part_of(weight), name.startswith(DRAFT), kind)
