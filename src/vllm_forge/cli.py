@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
@@ -16,7 +17,7 @@ from vllm_forge.commands import MODULES
 from vllm_forge.commands.parsers import Parser, Version, parse
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import console, printable
-from vllm_forge.host.errors import FileAccessError
+from vllm_forge.host.errors import FileAccessError, ToolMissingError
 from vllm_forge.host.run import end_commands, stopping
 from vllm_forge.project import Project
 
@@ -122,9 +123,13 @@ def _signals() -> Iterator[None]:
         stopping.clear()
 
 
-def _access_error(error: OSError) -> FileAccessError | None:
+def _access_error(error: OSError) -> ForgeError | None:
     """What the system refuses of a file; None for an error of no file, which is a bug."""
     what, where = error.strerror or str(error), error.filename2 or error.filename
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if frame.f_code.co_name == "_execute_child" and "/" not in str(where):
+        remedy = "install it, or add its folder to PATH"
+        return ToolMissingError(f"{where} is not installed", remedy=remedy)
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         _, where, what = error.args[0][-1]  # of copytree: (source, target, reason) of each file
     elif error.filename is None and error.errno not in NAMELESS:

@@ -8,7 +8,7 @@ UNDECIDED = 122
 FAULT = 123
 
 # The project is on no index: a name there would be somebody else's package.
-EXTRA = "use nox -s bench, which installs them; or in a checkout: pip install --editable '.[bench]'"
+EXTRA = "use nox -s bench, which installs them; or install the extra: pip install 'WHEEL[bench]'"
 
 
 class ClaimsFileError(ForgeError, exit_code=REFUSED):

@@ -173,6 +173,8 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         args.parser.reject([*surplus, *extra])
     if surplus:
         args.parser.error(f"two SKUs: {args.sku} and {args.surplus}")
+    if getattr(args, "json", False) and getattr(args, "dry_run", False):
+        args.parser.error("--json and --dry-run exclude each other: a dry run prints commands")
     if "sku" in args and args.sku is None:
         args.parser.error("missing SKU: give it as an argument or by --sku")
     return args

@@ -16,7 +16,7 @@ from vllm_forge.cli import main
 from vllm_forge.commands.parsers import Parser
 from vllm_forge.dispatch.errors import SiteFileError
 from vllm_forge.errors import ForgeError, UsageError
-from vllm_forge.host.errors import FileAccessError
+from vllm_forge.host.errors import FileAccessError, ToolMissingError
 from vllm_forge.images.errors import BaseImageError, LayoutError
 from vllm_forge.matrix.errors import UnknownLineError, UnknownSkuError
 from vllm_forge.serve.errors import UnknownArtifactError, UnknownPresetError
@@ -396,6 +396,32 @@ def test_failed_read_or_write_is_not_a_traceback(
     monkeypatch.setattr("vllm_forge.project.load", fail)
     assert main(["plan", "b300"]) == FileAccessError.exit_code
     assert os.strerror(number) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["build", "b300"], ["release", "b300", "--stage=dev"]])
+def test_dry_run_prints_no_json(
+    argv: list[str], root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    assert main([*argv, "--dry-run", "--json"]) == UsageError.exit_code
+    assert "exclude each other" in json.loads(capsys.readouterr().out)["error"]["what"]
+
+
+@pytest.mark.parametrize("program", ["git", "setpriv"])
+def test_missing_program_is_named_as_one(
+    program: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def call(_: Path) -> None:
+        subprocess.run([program], check=False)
+
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("vllm_forge.project.load", call)
+    assert main(["plan", "b300"]) == ToolMissingError.exit_code
+    message = capsys.readouterr().err
+    assert f"{program} is not installed" in message
+    assert "path that can be read" not in message
 
 
 @pytest.mark.skipif(
