@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 PLAN_WIDTH = 130
 # A value in a command line is seen by every user of the host.
-SECRETS = {KEY: "give --api-key-file"} | dict.fromkeys(
+SECRETS = {KEY: "give --api-key-file: every user of the host sees a command line"} | dict.fromkeys(
     ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), "leave its value out: it is taken from the environment"
 )
 OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")  # of Kubernetes
@@ -92,12 +92,17 @@ def _options(args: argparse.Namespace) -> "shell.ServeOptions":
     for variable in args.env:
         name, given, _ = variable.partition("=")
         if given and name in SECRETS:
-            args.parser.error(f"invalid --env {name}: {SECRETS[name]}")
+            raise UsageError(f"--env {name} with a value", remedy=SECRETS[name])
     try:
         return ServeOptions.model_validate({**named, "key": key, "gpu_ids": ids, "env": args.env})
     except ValidationError as error:
-        rows = "; ".join(f"--{row}" for row in problems(error)).replace("gpu_ids", "gpu-ids")
-        raise UsageError(f"invalid {rows}") from None
+        text, first = problems(error)[0], error.errors()[0]
+        if first["loc"]:
+            name, value = str(first["loc"][0]), str(first["input"])
+            expected = ServeOptions.model_fields[name].description
+            value = value.partition("=")[0] if name == "env" else value
+            text = f"{name.replace('_', '-')} {value!r}: expected {expected}"
+        raise UsageError(f"invalid --{text}", where=args.parser.prog) from None
 
 
 def serve(project: Project, args: argparse.Namespace) -> None:

@@ -66,14 +66,23 @@ def secret(name: str, path: str) -> str:
 class ServeOptions(FrozenModel):
     """What a user says of the container; None: see `service_of`."""
 
-    image: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_./:@-]*$")] | None = None
-    port: int | None = Field(default=None, ge=1, le=MOST_PORT)  # of the first replica, on the host
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$")] | None = None
+    # Of the first replica, on the host.
+    port: int | None = Field(default=None, ge=1, le=MOST_PORT, description=f"1 to {MOST_PORT}")
+    image: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_./:@-]*$")] | None = Field(
+        default=None, description="HOST/NAME:TAG or HOST/NAME@sha256:DIGEST"
+    )
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$")] | None = Field(
+        default=None, description="letters, digits, '_', '.' and '-', at most 63"
+    )
     key: Path | None = None  # file with the API key
     detach: bool = False
-    replica: int = Field(default=1, ge=1, le=64)
-    gpu_ids: tuple[Annotated[str, Field(pattern=r"^([0-9]{1,3}|GPU-[0-9a-f-]{36})$")], ...] = ()
-    env: tuple[Annotated[str, Field(pattern=VARIABLE)], ...] = ()
+    replica: int = Field(default=1, ge=1, le=64, description="1 to 64")
+    gpu_ids: tuple[Annotated[str, Field(pattern=r"^([0-9]{1,3}|GPU-[0-9a-f-]{36})$")], ...] = Field(
+        default=(), description="numbers, or UUIDs as nvidia-smi -L prints them"
+    )
+    env: tuple[Annotated[str, Field(pattern=VARIABLE)], ...] = Field(
+        default=(), description="NAME or NAME=VALUE, without control characters"
+    )
 
     @model_validator(mode="after")
     def _gpus_are_chosen_once(self) -> Self:
