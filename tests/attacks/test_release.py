@@ -342,12 +342,42 @@ def add_gpu(statement: dict[str, Any]) -> None:
     gpus.append(gpus[0] | {"compute_capability": "1.0", "uuid_sha256": "0" * 64})
 
 
+def over_bound(statement: dict[str, Any]) -> None:
+    for test in statement["predicate"]["vllmForge"]["tests"].values():
+        for margin in test["margins"].values():
+            margin["measured"] = 17
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [(set_at("vllmForge.sku", "beta"), "changed sku"), (add_gpu, "changed compute_capability")],
 )
 def test_receipt_of_another_cell_is_refused(released: Released, change: Any, what: str) -> None:
     """Also where the decision relies on it."""
+    decide_on_receipt(released, change)
+    finding = released.finding(errors.ImageContentError)
+    assert f"its receipt of tier server is of another image: {what}" in finding
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (set_at("passedTests", []), "other passedTests than tests that passed"),
+        (set_at("vllmForge.expires", "2199-12-31T00:00:00Z"), "at most 90 days are accepted"),
+        (set_at("vllmForge.started", "2199-12-31T00:00:00Z"), "before its start"),
+        (over_bound, "is red: tests/gpu/mtp/test_it.py::test_one: drafts is 17, its bound 16"),
+    ],
+)
+def test_receipt_that_contradicts_itself_is_refused(
+    released: Released, change: Any, what: str
+) -> None:
+    """Made by hand, signed by the lab, and relied on by the decision."""
+    decide_on_receipt(released, change)
+    assert what in released.finding(errors.StatementContentError)
+
+
+def decide_on_receipt(released: Released, change: Any) -> None:
+    """Change the receipt, and let the decision rely on that."""
     released.change("receipt-server", change)
     digest = hashlib.sha256(read(released.bundle("receipt-server").read_bytes()).statement)
     rows = released.statement("decision")["predicate"]["inputAttestations"]
@@ -355,8 +385,6 @@ def test_receipt_of_another_cell_is_refused(released: Released, change: Any, wha
         if row["uri"] == "receipt-server":
             row["digest"] = {"sha256": digest.hexdigest()}
     released.change("decision", set_at("inputAttestations", rows))
-    finding = released.finding(errors.ImageContentError)
-    assert f"its receipt of tier server is of another image: {what}" in finding
 
 
 def test_expired_receipt_is_refused(released: Released) -> None:

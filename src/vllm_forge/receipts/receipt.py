@@ -41,6 +41,7 @@ from vllm_forge.signing.errors import UnknownSignerError
 DIGEST = "payloadSha256"
 LARGEST = 16 << 20  # a receipt of 347 tests has 300 KB
 VALID = timedelta(days=90)  # drivers, and what we test for, change faster than releases live
+ROUNDING = timedelta(seconds=1)  # of times in results
 SOURCE_NAME, SUITE_NAME = "vllm source, line {}", "tests/gpu, tier {}"
 GREEN = ("passed", "other GPU")
 # What pytest-xdist appends to a test's name with --dist loadgroup (scheduler/loadscope.py).
@@ -203,6 +204,39 @@ def make_statement(result: dict[str, Any]) -> Statement:
             },
         }
     )
+
+
+def wrong_times(detail: Detail, now: datetime) -> str | None:
+    """Why a receipt is not valid now by its own times."""
+    last = min(detail.expires, detail.finished + VALID)
+    in_order = detail.started <= detail.finished <= now < last == detail.expires
+    if in_order and detail.finished - detail.started <= VALID:
+        return None
+    started, finished = (f"{time:%F %T %Z}" for time in (detail.started, detail.finished))
+    if detail.finished < detail.started:
+        return f"the run ended at {finished}, before its start at {started}: its clock changed"
+    if detail.finished > now:
+        return f"the run ended at {finished}, and now is {now:%F %T %Z}: one clock is wrong"
+    return (
+        f"the receipt is of {detail.finished.date()}, valid until {detail.expires.date()}; at "
+        f"most {VALID.days} days are accepted"
+    )
+
+
+def contradictions(statement: Statement) -> Iterator[str]:
+    """Times that no run has; verdicts that differ from passed tests, margins from bounds."""
+    detail = statement.detail
+    if what := wrong_times(detail, detail.finished):
+        yield what
+    for name, test in detail.tests.items():
+        for what, pair in test.margins.items():
+            if pair.measured > pair.bound:
+                yield f"is red: {name}: {what} is {pair.measured:g}, its bound {pair.bound:g}"
+        if test.seconds > (detail.finished - detail.started + ROUNDING).total_seconds():
+            yield f"is impossible: {name} took {test.seconds:g} s, more than the whole run"
+    passed = sorted(name for name, test in detail.tests.items() if test.outcome == "passed")
+    if list(statement.predicate.passed) != passed:
+        yield "has other passedTests than tests that passed, each once and in order"
 
 
 def closest_margin(detail: Detail) -> str:

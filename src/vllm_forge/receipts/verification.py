@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from vllm_forge.receipts import FOLDER, errors
 from vllm_forge.receipts.receipt import (
     SOURCE_NAME,
     SUITE_NAME,
-    VALID,
     Configuration,
     Receipt,
+    contradictions,
     make_statement,
     read_receipt,
     write_receipt,
+    wrong_times,
 )
 from vllm_forge.receipts.suite import case_faults, read_suite, suite_hash
 from vllm_forge.signing import FOLDER as KEYS
@@ -40,7 +41,6 @@ UNQUANTIZED = "Unquantized"
 UNNAMED = "nothing that its boot log names"
 NOT_RUN = "not run"
 ARTIFACTS = "soak"  # the tier whose tests serve full artifacts
-ROUNDING = timedelta(seconds=1)  # of times in results
 REMEDIES: dict[type[ForgeError], str] = {
     errors.ReceiptExpiredError: "correct the clock if it is wrong; else run the suite again, or "
     "delete the receipt: its cell is then not run",
@@ -202,18 +202,7 @@ def require_keys(receipt: Receipt, now: datetime | None) -> None:
 def _faults(project: Project, receipt: Receipt, now: datetime) -> Iterator[Fault]:
     """Each check relies on those before it."""
     detail = receipt.statement.detail
-    last = min(detail.expires, detail.finished + VALID)
-    in_order = detail.started <= detail.finished <= now < last == detail.expires
-    if not in_order or detail.finished - detail.started > VALID:
-        what = (
-            f"the receipt is of {detail.finished.date()}, valid until {detail.expires.date()}; at "
-            f"most {VALID.days} days are accepted"
-        )
-        started, finished = (f"{time:%F %T %Z}" for time in (detail.started, detail.finished))
-        if detail.finished < detail.started:
-            what = f"the run ended at {finished}, before its start at {started}: its clock changed"
-        elif detail.finished > now:
-            what = f"the run ended at {finished}, and now is {now:%F %T %Z}: one clock is wrong"
+    if what := wrong_times(detail, now):
         yield errors.ReceiptExpiredError, what
     for what in _other_subject(project, receipt):
         yield errors.ReceiptSubjectError, f"the receipt is for another subject: {what}"
@@ -226,7 +215,7 @@ def _faults(project: Project, receipt: Receipt, now: datetime) -> Iterator[Fault
     if len(detail.gpus) < tiers[tier].gpus:
         what = f"tier {tier} is for {tiers[tier].gpus} GPUs, the receipt is of {len(detail.gpus)}"
         yield errors.ReceiptIncompleteError, what
-    for what in (*_not_green(receipt), *case_faults(project.root, detail)):
+    for what in (*contradictions(receipt.statement), *case_faults(project.root, detail)):
         yield errors.ReceiptIncompleteError, f"the receipt of tier {tier} {what}"
 
 
@@ -253,20 +242,6 @@ def _other_subject(project: Project, receipt: Receipt) -> Iterator[str]:
         yield f"tree {statement.tree}, the series now gives {tree}"
     if detail.lock_sha256 != (lock := project.lock(detail.line).digest):
         yield f"lock {detail.lock_sha256}, the line now has {lock}"
-
-
-def _not_green(receipt: Receipt) -> Iterator[str]:
-    """Verdicts agree with the list of passed tests, margins with bounds, times with the run's."""
-    detail = receipt.statement.detail
-    for name, test in detail.tests.items():
-        for what, pair in test.margins.items():
-            if pair.measured > pair.bound:
-                yield f"is red: {name}: {what} is {pair.measured:g}, its bound {pair.bound:g}"
-        if test.seconds > (detail.finished - detail.started + ROUNDING).total_seconds():
-            yield f"is impossible: {name} took {test.seconds:g} s, more than the whole run"
-    passed = sorted(name for name, test in detail.tests.items() if test.outcome == "passed")
-    if list(receipt.statement.predicate.passed) != passed:
-        yield "has other passedTests than tests that passed, each once and in order"
 
 
 def describe(receipts: Sequence[Receipt]) -> str:

@@ -19,7 +19,7 @@ from vllm_forge.images.content import labels
 from vllm_forge.images.record import differences
 from vllm_forge.matrix.model import ReleasePolicy, Stage
 from vllm_forge.receipts.receipt import Statement as Receipt
-from vllm_forge.receipts.receipt import closest_margin
+from vllm_forge.receipts.receipt import closest_margin, contradictions
 from vllm_forge.release import errors
 from vllm_forge.release.evidence import DECISION, RECEIPT, Evidence, Trust, gather, slsa_level
 from vllm_forge.release.gate import LEVEL, Decision, Waiver, policy_of_stage, resource
@@ -242,6 +242,9 @@ class Verification:
                 "signer": signer,
             }
         )  # fmt: skip
+        for what in contradictions(receipt):
+            remedy = "no run gives this: ask who signed it, and release it with a receipt of a run"
+            raise errors.StatementContentError(f"{name}: {what}", remedy=remedy)
         if self.now >= detail.expires:
             what = f"{name}: expired on {detail.expires.date()}"
             remedy = "ask for a release with a newer receipt"
