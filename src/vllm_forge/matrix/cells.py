@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,8 @@ def load(root: Path) -> Matrix:
     except ValidationError as error:
         what = "\n  - ".join(["matrix.toml is refused:", *problems(error, Matrix)])
         remedy = "the allowed keys and their meaning are in matrix.schema.json"
+        if re.search(r"unknown key line\.\d+\.\d", what):
+            remedy = f'write [line."0.27"], as a dot in a name needs quotes; {remedy}'
         raise errors.MatrixValueError(what, where=path, remedy=remedy) from None
     places = {"base.lock": matrix.base.lock or ""}
     for name, line in matrix.line.items():

@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from vllm_forge.matrix.flags import METHOD, OURS, SPECULATION, TOKENS, values
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)+$")]
 Arch = Annotated[str, Field(pattern=r"^sm_\d+[af]?$")]
@@ -30,6 +32,7 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Environment = dict[Annotated[VariableName, AfterValidator(_not_steering)], Text]
 # TOML has types: "288" is not a number and "yes" is not true, as the schema says too.
 Integer = Annotated[int, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -54,17 +57,28 @@ class Sku(FrozenModel):
     arch: Arch = Field(description="nvcc target, e.g. sm_100a")
     compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d$")]
     device: Text = Field(description="what the driver calls it")
-    memory_gb: Integer = Field(description="HBM or GDDR per GPU, 10^9 bytes, as the vendor states")
+    memory_gb: Count = Field(description="HBM or GDDR per GPU, 10^9 bytes, as the vendor states")
     development: Flag = Field(default=False, description="a proving ground, never released for")
     env: Environment = Field(
         default_factory=dict, description="set in the image; read by JIT compilers at run time"
     )
 
+    @model_validator(mode="after")
+    def _is_one_gpu(self) -> Self:
+        digits = self.arch.removeprefix("sm_").rstrip("af")
+        asked = self.env.get("TORCH_CUDA_ARCH_LIST", self.compute_capability)
+        if f"{digits[:-1]}.{digits[-1]}" != self.compute_capability or (
+            self.compute_capability not in asked
+        ):
+            named = f"{self.arch}, {self.compute_capability}, {asked}"
+            raise ValueError(f"arch, compute_capability and TORCH_CUDA_ARCH_LIST differ: {named}")
+        return self
+
 
 class GpuMemory(FrozenModel):
     """What the driver of a SKU reports, where that is not what the vendor states."""
 
-    mib: Integer = Field(ge=1, description="memory.total of nvidia-smi, 2^20 bytes")
+    mib: Count = Field(description="memory.total of nvidia-smi, 2^20 bytes")
     source: str = Field(min_length=10, description="where that was seen")
 
 
@@ -104,7 +118,7 @@ class Line(FrozenModel):
         default_factory=dict, description="SKU -> why this line cannot serve it"
     )
     chat: Chat | None = None
-    budget_mb: Integer = Field(description="compressed size of the image, 10^6 bytes, at most")
+    budget_mb: Count = Field(description="compressed size of the image, 10^6 bytes, at most")
     unimportable: dict[str, str] = Field(
         default_factory=dict,
         description="quantization module -> why it does not import without a GPU; stale rows fail",
@@ -130,14 +144,13 @@ class KernelModules(FrozenModel):
 class Container(FrozenModel):
     """What a container that serves needs, beyond its GPUs."""
 
-    shm_gb: Integer = Field(
-        ge=1,
+    shm_gb: Count = Field(
         description="size of its /dev/shm, 2^30 bytes; tensor-parallel workers and NCCL need it",
     )
     ulimits: tuple[Annotated[str, Field(pattern=r"^[a-z]+=-?\d+(:-?\d+)?$")], ...] = Field(
         description="name=value, as docker and podman take them"
     )
-    port: Integer = Field(description="of the HTTP server")
+    port: Count = Field(lt=1 << 16, description="of the HTTP server")
 
 
 class RetiredVariable(FrozenModel):
@@ -185,9 +198,7 @@ class Base(FrozenModel):
     source_date_epoch: Integer = Field(
         ge=0, lt=1 << 32, description="timestamp of every file that we write"
     )
-    budget_mb: Integer = Field(
-        description="compressed size of rootfs plus system layer, 10^6 bytes"
-    )
+    budget_mb: Count = Field(description="compressed size of rootfs plus system layer, 10^6 bytes")
 
 
 class Unserved(FrozenModel):
@@ -211,7 +222,7 @@ class Artifact(FrozenModel):
         description="as the draft layer's experts are stored"
     )
     drafter: Literal["mtp", "dspark"] = Field(default="mtp", description="what is stored as mtp.*")
-    block: Integer | None = Field(
+    block: Count | None = Field(
         default=None, description="tokens that a DSpark drafter drafts at once: dspark_block_size"
     )
     unasked: str | None = Field(
@@ -220,8 +231,8 @@ class Artifact(FrozenModel):
         description="what is not known of its config.json, so that no vLLM is asked and no preset "
         "may serve it",
     )
-    size_gb: Integer | None = Field(default=None, description="10^9 bytes; unset: not known")
-    shards: Integer | None = Field(default=None, description="safetensors files; unset: not known")
+    size_gb: Count | None = Field(default=None, description="10^9 bytes; unset: not known")
+    shards: Count | None = Field(default=None, description="safetensors files; unset: not known")
     identity: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{64}$",
@@ -254,7 +265,7 @@ class Preset(FrozenModel):
 
     sku: Name
     artifacts: tuple[Name, ...] = Field(min_length=1, description="the first is the default")
-    tensor_parallel: Integer = Field(ge=1, description="GPUs that one replica is spread over")
+    tensor_parallel: Count = Field(description="GPUs that one replica is spread over")
     speculative_tokens: Integer = Field(
         default=0, ge=0, description="drafted tokens, k; 0 = off; of DSpark the artifact's block"
     )
@@ -264,6 +275,13 @@ class Preset(FrozenModel):
     )
     env: Environment = Field(default_factory=dict)
     note: str = Field(min_length=20, description="where its values come from; printed with it")
+
+    @model_validator(mode="after")
+    def _says_nothing_twice(self) -> Self:
+        keys = {"--tensor-parallel-size", SPECULATION, METHOD, TOKENS}
+        if taken := sorted(values(self.flags).keys() & {*keys, *OURS}):
+            raise ValueError(f"flags: {', '.join(taken)}: set by the row's keys, or by serve")
+        return self
 
 
 class Gate(FrozenModel):
@@ -303,8 +321,8 @@ class ReleasePolicy(FrozenModel):
     statements: tuple[Literal["provenance", "sbom", "vex"], ...] = Field(
         default=(), description="signed and attached to the image"
     )
-    builders: Integer = Field(
-        default=1, ge=1, description="independent signers of provenance for the one digest"
+    builders: Count = Field(
+        default=1, description="independent signers of provenance for the one digest"
     )
     committed: Flag = Field(
         default=False, description="a checkout without changes, and locked Debian packages"
@@ -322,8 +340,8 @@ class ReleasePolicy(FrozenModel):
     tiers: tuple[Name, ...] = Field(
         default=(), description="of the GPU suite, each with a signed receipt of this digest"
     )
-    max_age_days: Integer | None = Field(
-        default=None, ge=1, description="of builds and receipts when the name is given"
+    max_age_days: Count | None = Field(
+        default=None, description="of builds and receipts when the name is given"
     )
 
 

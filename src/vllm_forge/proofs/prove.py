@@ -53,10 +53,11 @@ UPSTREAM_SOURCE = ("tests", "pyproject.toml")  # of the release
 UPSTREAM_S = 1200  # for one tree; a test that waits for a network must not stop the run
 PUBLISHED, PATCHED = "published", "patched"
 # Code that does not load makes any test red, which proves nothing about a patch.
-# So does a host without memory or disk, and a test of a function that only the patch adds.
+# So does a host without memory, disk or time, and a test of a function that only the patch adds.
 UNRELATED = re.compile(
-    r"^(?:(?:SyntaxError|IndentationError|ImportError|ModuleNotFoundError|MemoryError|OSError)\b"
-    r"|AttributeError: <?module 'vllm\b)"
+    r"^(?:(?:SyntaxError|IndentationError|ImportError|ModuleNotFoundError|MemoryError|OSError"
+    r"|TimeoutError|subprocess\.TimeoutExpired)\b|AttributeError: <?module 'vllm\b"
+    r"|RuntimeError: .*(?:allocate memory|No space left|can't start new thread))"
 )
 CHANGING = re.compile(r"\b0x[0-9a-f]+\b|/(?:tmp|opt|mnt|srv)/\S+")
 
@@ -122,7 +123,7 @@ def judge_without(line: str, variant: Variant, run: TestRun) -> ForgeError | Non
     if run.exit != RED or not outcomes["failed"]:
         return not_run(f"line {line}, without {patch.name}", run)
     if UNRELATED.match(run.why):
-        why = "code does not load, or the host lacks memory or disk"
+        why = "code does not load, or the host lacks memory, disk or time"
         return _no_proof(line, patch, f"is red only because {why}: {run.why}")
     return None
 

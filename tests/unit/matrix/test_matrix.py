@@ -177,6 +177,23 @@ REFUSED: dict[str, tuple[Callable[[Data], None], list[str]]] = {
     "text-for-table": (put("base", "trixie"), ["base"]),
     "arch-form": (put("sku", "b300", "arch", "103"), ["sku.b300.arch", "pattern"]),
     "capability-form": (put("sku", "b300", "compute_capability", "10"), ["compute_capability"]),
+    "arch-of-another-gpu": (put("sku", "b300", "arch", "sm_100a"), ["sku.b300: arch", "10.3"]),
+    "jit-for-another-gpu": (
+        put("sku", "b300", "env", {"TORCH_CUDA_ARCH_LIST": "10.0a"}),
+        ["sku.b300: arch", "10.0a"],
+    ),
+    "no-memory": (put("sku", "b300", "memory_gb", 0), ["sku.b300.memory_gb", "greater than"]),
+    "no-budget": (put("base", "budget_mb", -1), ["base.budget_mb", "greater than"]),
+    "port": (put("container", "port", 80000), ["container.port", "less than"]),
+    "flag-with-a-key": (
+        put("preset", "b300-mtp", "flags", ["--tensor-parallel-size=8"]),
+        ["preset.b300-mtp: flags: --tensor-parallel-size"],
+    ),
+    "flag-of-serve": (
+        put("preset", "b300-mtp", "flags", ["--port=9"]),
+        ["preset.b300-mtp: flags: --port"],
+    ),
+    "line-without-quotes": (put("line", "0", {"27": {}}), ["unknown key line.0.27", "quotes"]),
     "python-form": (put(*LINE, "python", "2.7"), ["line.0.26.python", "pattern"]),
     "row-name": (put("sku", "B 300", {}), ["sku", "pattern"]),
     "unknown-stage": (put("release", "final", {}), ["release.final", "'dev', 'candidate'"]),
@@ -418,7 +435,7 @@ def test_every_unsupported_cell_says_why_and_where_else(root: Path) -> None:
 def test_unsupported_everywhere_says_none(
     data: Data, loads: Callable[[Data], Matrix], root: Path
 ) -> None:
-    data["sku"]["old"] = dict(data["sku"]["b300"], arch="sm_80")
+    data["sku"]["old"] = dict(data["sku"]["b300"], arch="sm_80", compute_capability="8.0", env={})
     for line in data["line"].values():
         line.setdefault("unsupported", {})["old"] = "it is too old for all of them"
     with pytest.raises(UnsupportedCellError, match="none does"):

@@ -309,6 +309,16 @@ class TestVerdictWithout:
             run(1, "SyntaxError: bad", it="failed"),
             run(1, "MemoryError", it="failed"),
             run(1, "OSError: [Errno 28] No space left on device", it="failed"),
+            run(
+                1,
+                "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you",
+                it="failed",
+            ),
+            run(
+                1,
+                "subprocess.TimeoutExpired: Command '['c++']' timed out after 9 seconds",
+                it="failed",
+            ),
             run(1, "AttributeError: module 'vllm.utils' has no attribute 'added'", it="failed"),
             run(1, "AttributeError: <module 'vllm.x' from '...'> has no attribute", it="failed"),
         ],
