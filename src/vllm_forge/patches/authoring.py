@@ -28,6 +28,7 @@ from vllm_forge.patches.series import (
 from vllm_forge.patches.wheel import changed_files
 from vllm_forge.project import Project
 from vllm_forge.sources import SourceRepo
+from vllm_forge.sources.sdist import EPOCH_IDENT
 
 BASE = "refs/forge/base"
 PATCH = "Patch"
@@ -35,15 +36,6 @@ CONFIG = ("config", "--local", "--get")
 AGAIN = "check the line out to another directory and cherry-pick your commits there"
 FILE_NAME = re.compile(r"^\w[\w.+-]*\.patch$")
 TRAILER = re.compile(rf"^({'|'.join((*apply.FIELDS, PATCH))}):", re.M)
-IDENT = {
-    f"GIT_{who}_{key}": value
-    for who in ("AUTHOR", "COMMITTER")
-    for key, value in (
-        ("NAME", "vllm-forge"),
-        ("EMAIL", "vllm-forge@localhost"),
-        ("DATE", "@0 +0000"),
-    )
-}
 # State files of git -> the command that ends what they belong to.
 UNFINISHED = {
     "rebase-merge": "git rebase --continue",
@@ -71,9 +63,10 @@ def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -
     messages = [f"vLLM {line.vllm}\n", *map(_message, patches)]
     commits: list[str] = []
     for tree, message in zip(trees, messages, strict=True):
-        parent = ["-p", commits[-1]] if commits else []
-        made = repo.text("commit-tree", tree, *parent, stdin=message.encode(), env=IDENT)
-        commits.append(made)
+        parent = f"\nparent {commits[-1]}" if commits else ""
+        idents = "".join(f"\n{who} {EPOCH_IDENT}" for who in ("author", "committer"))
+        commit = f"tree {tree}{parent}{idents}\n\n{message}".encode()
+        commits.append(repo.text("hash-object", "-w", "-t", "commit", "--stdin", stdin=commit))
     pack = repo.git("pack-objects", "--quiet", "--revs", "--stdout", stdin=commits[-1].encode())
     with atomic_path(target) as aside:
         work = SourceRepo(aside / ".git")

@@ -132,6 +132,8 @@ def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     sdist = f"vllm-{line.vllm}.tar.gz"
     sha256, size = pins(index.find("vllm", sdist))
     draft = TreeLock(sdist=sdist, size=size, sha256=sha256, base="", result="")
+    if repo.tree(line.vllm) is not None:  # maybe of another archive of this release
+        repo.forget(line.vllm)
     base = repo.import_archive(line.vllm, fetch_archive(draft, index))
     applied = apply.apply_series(repo, base, patches)
     changed_files(repo, applied)

@@ -236,11 +236,11 @@ def choose_wheel(
     ranked: dict[int, DistributionPackage] = {}
     for file in files:
         try:
-            _, wheel_version, _, wheel_tags = parse_wheel_filename(file.filename)
+            wheel_name, wheel_version, _, wheel_tags = parse_wheel_filename(file.filename)
         except InvalidWheelFilename:  # no wheel; or old, with e.g. a "py36+" tag: none takes them
             continue
         ranks = [tags[tag] for tag in wheel_tags if tag in tags]
-        if str(wheel_version) == version and ranks:
+        if (wheel_name, str(wheel_version)) == (name, version) and ranks:
             ranked.setdefault(min(ranks), file)
     if not ranked:
         what = f"{name} {version} has no wheel for the image's platform"

@@ -16,7 +16,14 @@ import pytest
 from tests.support.index_server import IndexServer
 from tests.support.series import RELEASE, SDIST
 from vllm_forge.host.errors import CacheError, CommandFailedError
-from vllm_forge.patches import Applied, apply_series, check_line, read_series, read_tree_lock
+from vllm_forge.patches import (
+    Applied,
+    apply_series,
+    check_line,
+    read_series,
+    read_tree_lock,
+    update_line,
+)
 from vllm_forge.patches.errors import SeriesFileError, TreeMismatchError, WrongContextError
 from vllm_forge.patches.wheel import changed_files, read_blob
 from vllm_forge.project import Project
@@ -86,6 +93,18 @@ def test_ref_of_another_source_is_healed(project: Project, repo: SourceRepo) -> 
     other = repo.git("commit-tree", expected.result, env=IDENT).stdout.decode().strip()
     repo.git("update-ref", f"refs/sdist/{RELEASE}", other)
     assert checked(project, repo) == expected
+
+
+def test_lock_is_of_the_archive_that_it_names(
+    project: Project, repo: SourceRepo, series: Path
+) -> None:
+    """Not of one of the same name that was imported before."""
+    expected = read_tree_lock(series, "9.9")
+    tree = repo.git("mktree", stdin=b"").stdout.decode().strip()
+    other = repo.git("commit-tree", tree, env=IDENT).stdout.decode().strip()
+    repo.git("update-ref", f"refs/sdist/{RELEASE}", other)
+    update_line(project, "9.9", repo)
+    assert read_tree_lock(series, "9.9") == expected
 
 
 IDENT = {

@@ -337,6 +337,13 @@ def test_choice_is_of_the_version(line: Line, base: Base) -> None:
     assert lock.choose_wheel("pkg", "1.0", files, tags).filename == "pkg-1.0-py3-none-any.whl"
 
 
+def test_wheel_of_another_name_is_not_chosen(line: Line, base: Base) -> None:
+    """A page that lists files of other projects, too."""
+    files = offer("other-1.0-py3-none-any.whl", "pkg-1.0-py3-none-any.whl")
+    tags = lock.wheel_tags(line, base)
+    assert lock.choose_wheel("pkg", "1.0", files, tags).filename == "pkg-1.0-py3-none-any.whl"
+
+
 @pytest.mark.parametrize("missing", [{"sha256": None}, {"size": None}])
 def test_index_without_hash_or_size(missing: dict[str, None], line: Line, base: Base) -> None:
     files = offer("pkg-1.0-py3-none-any.whl", **missing)
