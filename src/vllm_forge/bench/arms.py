@@ -16,15 +16,7 @@ from vllm_forge.bench.errors import ArmUnknownError, ClaimsFileError, SessionFil
 from vllm_forge.bench.hardware import listed_gpus
 from vllm_forge.bench.measure import read_workload
 from vllm_forge.bench.results import Arm, Conditions, Server, Setup
-from vllm_forge.bench.session import (
-    UNKNOWN,
-    ArmRow,
-    Kept,
-    Launch,
-    Plan,
-    Session,
-    read_session,
-)
+from vllm_forge.bench.session import UNKNOWN, ArmRow, Kept, Launch, Plan, Session, read_session
 from vllm_forge.bench.workloads import Loaded, Source, lines, load
 from vllm_forge.errors import UsageError, suggestion
 from vllm_forge.host import Probe, Reply, hash_of, parse_json, read_plain

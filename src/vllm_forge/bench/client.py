@@ -77,11 +77,9 @@ class Answer(FrozenModel):
     def row(self, **facts: Any) -> Row:
         """Of a record's first start."""
         fault = self.text if self.finish == "error" else ""
-        return Row(
-            start=0, item=self.item, repeat=self.repeat, finish=self.finish,
-            output_tokens=self.tokens, seconds=self.seconds, ttft=self.ttft,
-            **{"fault": fault, **facts},
-        )  # fmt: skip
+        known = self.model_dump(include={"item", "repeat", "finish", "seconds", "ttft"})
+        facts = {"fault": fault, **known, **facts}
+        return Row(start=0, output_tokens=self.tokens, **facts)
 
 
 def ask_all(

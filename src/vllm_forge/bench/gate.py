@@ -78,10 +78,12 @@ def gate(
 def require_pass(outcomes: Iterable[Outcome]) -> None:
     """GateFailedError if one gate fails, else GateUndecidedError if one is undecided."""
     rows = list(outcomes)
-    for word, error in ((Word.FAIL, GateFailedError), (Word.UNDECIDED, GateUndecidedError)):
+    for word, error, remedy in (
+        (Word.FAIL, GateFailedError, "find what the candidate lost, or keep the reference"),
+        (Word.UNDECIDED, GateUndecidedError, "`bench plan` says how much data a margin needs"),
+    ):
         if hit := [row for row in rows if row.word is word]:
             reasons = "; ".join(f"{row.gate} ({row.reason})" for row in hit)
-            remedy = "`bench plan` says how much data a margin needs"
             raise error(f"{word}: {reasons}", remedy=remedy)
 
 

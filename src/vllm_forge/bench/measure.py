@@ -174,11 +174,20 @@ def add_start(path: Path, setup: Setup, start: Start, rows: Sequence[Row]) -> No
 
 def require_same(old: Arm, setup: Setup) -> None:
     """InvalidResultError unless a record is of the same setup."""
-    for key, value in setup:
-        if getattr(old.result, key) != value:
-            what = f"the record is of another {key}"
-            remedy = "measure all starts of a record alike, or give another --output"
-            raise InvalidResultError(what, where=old.path, remedy=remedy)
+    known = Setup.model_validate({name: getattr(old.result, name) for name, _ in setup})
+    if known != setup:
+        what = f"the record is of another {difference(known, setup)}"
+        remedy = "measure all starts of a record alike, or give another --output"
+        raise InvalidResultError(what, where=old.path, remedy=remedy)
+
+
+def difference(old: FrozenModel, new: FrozenModel, place: str = "") -> str:
+    """The first part that differs, with both values."""
+    rows = zip(old, new, strict=True)
+    name, before, now = next((*one, other) for one, (_, other) in rows if one[1] != other)
+    if isinstance(before, FrozenModel):
+        return difference(before, now, "" if name == "arm" else f"{name}.")
+    return f"{place}{name}: {before!r}, now {now!r}"
 
 
 def _row(answer: Answer, window: Window) -> Row:

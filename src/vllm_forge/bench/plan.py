@@ -30,7 +30,6 @@ class Suite(FrozenModel):
 
     items: int = Field(gt=0)
     discordant: tuple[float, float]
-    basis: str
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from vllm_forge.bench.client import Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
-from vllm_forge.bench.measure import add_start, progress, require_same
+from vllm_forge.bench.measure import add_start, difference, progress, require_same
 from vllm_forge.bench.results import Row, Setup, Start, parse_lines, read_arm
 from vllm_forge.bench.sandbox import require_sandbox
 from vllm_forge.bench.scoring import THOUGHT, score
@@ -55,7 +55,7 @@ class Answers:
             return
         old, size = read_answers(self.path, self.header)
         if old.header != self.header:
-            what = f"the answers are of another {_difference(old.header, self.header)}"
+            what = f"the answers are of another {difference(old.header, self.header)}"
             remedy = "give another --output, or what they were begun with"
             raise InvalidResultError(what, where=self.path, remedy=remedy)
         os.truncate(self.path, size)
@@ -106,8 +106,8 @@ def measure_quality(
         answers.read()
         ask(url, list(loaded.prompts()), answers)
         now = setup_now()
-        if changed := [name for name, value in setup if getattr(now, name) != value]:
-            what = f"this host's {changed[0]} changed during the run"
+        if now != setup:
+            what = f"this host changed during the run: {difference(setup, now)}"
             remedy = "give another --output, and ask all questions of one image"
             raise InvalidResultError(what, where=path, remedy=remedy)
         return _add(loaded, answers, output, order)
@@ -125,7 +125,7 @@ def score_answers(path: Path, loaded: Loaded, output: Path) -> list[Row]:
     asked = setup.model_copy(update={"conditions": setup.conditions.model_copy(update=update)})
     now = Header(model=answers.header.model, license=loaded.license, arm=asked)
     if now != answers.header:
-        what = f"the answers are of another {_difference(answers.header, now)}"
+        what = f"the answers are of another {difference(answers.header, now)}"
         remedy = "give the workload and data of the session; for code, also the Python that sent it"
         raise InvalidResultError(what, where=path, remedy=remedy)
     keys = {(prompt.item, prompt.repeat) for prompt in loaded.prompts()}
@@ -180,15 +180,6 @@ def _require_scorable(loaded: Loaded, output: Path, setup: Setup, order: int) ->
             raise InvalidResultError(what, where=output, remedy=remedy)
     if loaded.row.scorer == "code":
         require_sandbox()
-
-
-def _difference(old: FrozenModel, new: FrozenModel, place: str = "") -> str:
-    """The first part that differs, with both values."""
-    rows = zip(old, new, strict=True)
-    name, before, now = next((*one, other) for one, (_, other) in rows if one[1] != other)
-    if isinstance(before, FrozenModel):
-        return _difference(before, now, "" if name == "arm" else f"{name}.")
-    return f"{place}{name}: {before!r}, now {now!r}"
 
 
 def ask(url: str, prompts: Sequence[Prompt], answers: Answers) -> None:

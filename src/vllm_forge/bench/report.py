@@ -121,9 +121,8 @@ def _comparisons(arms: Sequence[Arm], gates: Mapping[str, Gate]) -> Iterator[dic
 def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
     """Copy a session's results to a folder of ``target`` that is named after it and its day.
 
-    ResultFileError: at a concurrency, its records have other starts than its list of starts says,
-    or there are none;
-    a file is a link; its crosscheck is of another record; another session would be replaced.
+    ResultFileError: its records have other starts than its list, or lack a concurrency; a file is
+    a link; its crosscheck is of another record; another session would be replaced.
     """
     journal: Journal = read_data(
         folder / JOURNAL, Journal.model_validate, ResultFileError, what="list of starts",
@@ -135,14 +134,13 @@ def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
     for arm in arms:
         names = {(start.order, arm.result.arm) for start in arm.result.starts}
         kept[arm.result.conditions.concurrency] |= names
-    sessions = {arm.result.session for arm in arms}
+    sessions, what = {arm.result.session for arm in arms}, ""
     if len(sessions) != 1 or any(names != starts for names in kept.values()):
         known = {concurrency: sorted(names) for concurrency, names in kept.items()}
         what = f"by concurrency, its records have {known}, its list of starts {sorted(starts)}"
-        remedy = "give the whole output folder of one session"
-        raise ResultFileError(what, where=folder, remedy=remedy)
-    if lacking := set(journal.concurrency) - kept.keys():
+    elif lacking := set(journal.concurrency) - kept.keys():
         what = f"there is no record at concurrency {', '.join(map(str, sorted(lacking)))}"
+    if what:
         remedy = "give the whole output folder of one session"
         raise ResultFileError(what, where=folder, remedy=remedy)
     began = journal.attempts[0].began

@@ -13,7 +13,7 @@ from vllm_forge.bench.sandbox import judge
 from vllm_forge.bench.workloads import Item, Workload, exact_number, expected_number
 
 THOUGHT = "</think>"  # what follows it is the answer, where the server parses no reasoning
-OPEN = re.compile(r"^([ \t]*)(`{3,})([^\n`]*)\n", re.MULTILINE)
+OPEN = re.compile(r"^([ \t]*)(`{3,}|~{3,})([^\n`]*)\n", re.MULTILINE)
 MOST_REASON = 200  # characters
 NUMBER = re.compile(
     r"(?:(?<![\w)])-)?"  # no difference or range
@@ -77,7 +77,7 @@ def _blocks(text: str) -> tuple[list[tuple[str, str]], str]:
     blocks, beside, at = [], [], 0
     while begin := OPEN.search(text, at):
         indent, fence, language = begin.groups()
-        close = re.compile(rf"^(?:{indent}| {{0,3}}){fence}`*[ \t\r]*$", re.MULTILINE)
+        close = re.compile(rf"^(?:{indent}| {{0,3}}){fence}{fence[0]}*[ \t\r]*$", re.MULTILINE)
         if (end := close.search(text, begin.end())) is None:
             break
         content = text[begin.end() : end.start()]

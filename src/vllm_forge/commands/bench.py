@@ -45,16 +45,14 @@ PLAN_HEAD = ["gate", "margin", "of", "needs", "minutes", "decides"]
 def register(choices: Commands) -> None:
     bench = group(choices, "bench", help=HELP)
     one = _command(bench, "claims", claims, JSON, packaged=True)
-    one.add_argument("card", type=Path, nargs="?", metavar="CLAIMS.toml",
-                     help="figures of another card, whose verdicts are printed only")  # fmt: skip
+    text = "figures of another card, whose verdicts are printed only"
+    one.add_argument("card", type=Path, nargs="?", metavar="CLAIMS.toml", help=text)
     one = _command(bench, "plan", plan, JSON, packaged=True)
     one.add_argument("--card", action="store_true", help="what the card's undecided figures need")
     for name, text in (("start", "a server's start"), ("run", "one measured window")):
         one.add_argument(f"--{name}-seconds", type=positive, help=f"of {text}, for the minutes")
-    one.add_argument(
-        "--noise", type=positive, action="append", metavar="SHARE",
-        help="by which a start varies, e.g. 0.03; repeatable",
-    )  # fmt: skip
+    text = "by which a start varies, e.g. 0.03; repeatable"
+    one.add_argument("--noise", type=positive, action="append", metavar="SHARE", help=text)
     _register_servers(bench)
     one = _command(bench, "quality", quality, SKU, LINE, URL, OUTPUT)
     _record_options(one)
@@ -95,11 +93,10 @@ def _register_servers(bench: Commands) -> None:
     one.add_argument("--order", type=count, required=True, help="among all arms' starts: 0, 1, ...")
     one.add_argument("--warm", type=count, default=8, help="prompts that only warm up (8)")
     one = _command(bench, "run", run, SKU, LINE)
-    one.add_argument(
-        "session", type=Path, metavar="SESSION", help="TOML, see docs/operate/bench-sessions.md"
-    )
-    one.add_argument("--caches", type=Path, required=True, metavar="DIR",
-                     help="where servers keep what they compile, /cache of containers")  # fmt: skip
+    text = "TOML, see docs/operate/bench-sessions.md"
+    one.add_argument("session", type=Path, metavar="SESSION", help=text)
+    text = "where servers keep what they compile, /cache of containers"
+    one.add_argument("--caches", type=Path, required=True, metavar="DIR", help=text)
     one.add_argument("--output", type=Path, required=True, help="folder of records, old or new")
     one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that answers")
     one.add_argument("--retry", action="store_true", help="repeat starts that failed before")
@@ -113,20 +110,14 @@ def _register_exchange(bench: Commands) -> None:
                      help="of `vllm bench serve`, or PyTorch's benchmark records")  # fmt: skip
     one.add_argument("--start", type=count, default=0, help="of the record, for vllm: 0, 1, ...")
     one = _command(bench, "crosscheck", crosscheck, JSON, RECORD, packaged=True)
-    one.add_argument(
-        "others",
-        type=Path,
-        nargs="+",
-        metavar="OTHER",
-        help="JSON of `vllm bench serve` or `guidellm run`: of each start in order, or one",
-    )
+    text = "JSON of `vllm bench serve` or `guidellm run`: of each start in order, or one"
+    one.add_argument("others", type=Path, nargs="+", metavar="OTHER", help=text)
     one.add_argument("--output", type=Path, help="file for the rows")
 
 
 def _workload_options(one: Parser) -> None:
-    one.add_argument(
-        "--workload", required=True, help="chat-code, aime, ...: docs/operate/bench-quality.md"
-    )
+    text = "chat-code, aime, ...: docs/operate/bench-quality.md"
+    one.add_argument("--workload", required=True, help=text)
     one.add_argument("--workloads", type=Path, metavar="TOML", help="rows of your own")
     one.add_argument("--data", type=Path, help="JSONL that the workload ships without")
     one.add_argument("--sha256", metavar="HASH", help="that --data must have")

@@ -19,7 +19,7 @@ from vllm_forge.bench.errors import (
     InvalidResultError,
     ResultFileError,
 )
-from vllm_forge.bench.gate import Word, gate
+from vllm_forge.bench.gate import Outcome, Word, gate, require_pass
 from vllm_forge.bench.results import Row, parse_lines, read_arm
 from vllm_forge.bench.validity import intended, require_valid
 from vllm_forge.cli import main
@@ -94,6 +94,16 @@ def test_planted_loss_of_answers_fails(
     code, found = compare(capsys, reference[0], candidate, f"--repeat={reference[1]}")
     assert code == GateFailedError.exit_code
     assert {name for name, word in found.items() if word == "fail"} == failing
+
+
+def test_remedy_of_a_loss_is_not_more_data() -> None:
+    row = Outcome(gate="strict", margin=0.01, unit="pp", word=Word.FAIL, reason="-3 pp")
+    with pytest.raises(GateFailedError) as failed:
+        require_pass([row])
+    assert "keep the reference" in failed.value.remedy
+    with pytest.raises(GateUndecidedError) as undecided:
+        require_pass([replace(row, word=Word.UNDECIDED)])
+    assert "how much data" in undecided.value.remedy
 
 
 def test_lost_answers_are_counted_by_cause(reference: tuple[Path, Path], tmp_path: Path) -> None:

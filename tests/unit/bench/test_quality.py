@@ -152,7 +152,7 @@ def test_answers_of_another_image_are_not_mixed(output: Path) -> None:
 
 
 def test_image_that_changes_during_the_run_is_refused(output: Path) -> None:
-    with pytest.raises(InvalidResultError, match="server changed during the run"):
+    with pytest.raises(InvalidResultError, match="this host changed during the run: server"):
         run(right, output, images=(IMAGE, "sha256:" + "3" * 64))
     assert not output.exists()
 

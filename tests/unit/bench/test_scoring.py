@@ -88,6 +88,8 @@ CODE = [
     ("I cannot.", NEITHER, "SyntaxError"),
     (f"```python\n{GOOD}```\n".replace("\n", "\r\n"), BOTH, ""),
     (f"````python\n{GOOD}````", BOTH, ""),
+    (f"~~~python\n{GOOD}~~~", BOTH, ""),
+    (f"~~~python\n{GOOD}```", NEITHER, "SyntaxError"),
     ("1. So:\n\n   ```python\n   def add(a, b):\n       return a + b\n   ```", FORM, "text beside"),
 ]
 
