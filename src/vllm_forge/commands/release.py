@@ -218,10 +218,8 @@ def sign(project: Project, args: argparse.Namespace) -> None:
 def accept(project: Project, args: argparse.Namespace) -> None:
     """Verify a signed receipt of others, and put it among the committed ones."""
     from vllm_forge.receipts.handover import accept_receipt
-    from vllm_forge.receipts.verification import describe
 
     receipt = accept_receipt(project, args.receipt, _keyring(project, args.key))
-    console.print(describe([receipt]), markup=False)
     show(receipt.path.relative_to(project.root))
 
 

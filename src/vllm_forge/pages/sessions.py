@@ -87,15 +87,11 @@ def _comparisons(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _counters(results: list[dict[str, Any]]) -> Iterator[str]:
     cells = [
-        [
-            row["figures"]["result"],
-            one["start"],
-            one["drafts"],
-            " / ".join(map(str, one["accepted"])),
-        ]
+        [row["figures"]["result"], each["start"], each["drafts"],
+         " / ".join(map(str, each["accepted"]))]
         for row in results
-        for one in row["counters"]
-    ]
+        for each in row["counters"]
+    ]  # fmt: skip
     if cells:
         yield "Counters of a model whose acceptance is known; each equals the prediction:"
         yield table(["result", "start", "drafts", "accepted, by position"], cells)

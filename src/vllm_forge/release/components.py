@@ -124,18 +124,13 @@ def _document(cell: ImageCell, image: Image, rows: Sequence[Component]) -> Docum
 def wheel_component(wheel: LockedWheel, contents: WheelContents) -> Component:
     """A wheel as published, with what it declares and vendors nested in it."""
     purl = PackageURL("pypi", None, wheel.name, wheel.version)
+    sboms = {path: hashlib.sha256(t.encode()).hexdigest() for path, t in contents.sboms.items()}
     return _component(
-        wheel.name,
-        wheel.version,
-        purl,
-        sha256=wheel.sha256,
+        wheel.name, wheel.version, purl, sha256=wheel.sha256,
         licenses=[LicenseExpression(contents.license)] if contents.license else (),
-        properties=[
-            Property(name=EMBEDDED, value=f"{path} {hashlib.sha256(text.encode()).hexdigest()}")
-            for path, text in contents.sboms.items()
-        ],
+        properties=[Property(name=EMBEDDED, value=f"{path} {sha}") for path, sha in sboms.items()],
         components=_nested(wheel, purl, contents),
-    )
+    )  # fmt: skip
 
 
 def _patched_component(

@@ -52,14 +52,9 @@ class Job:
         if not self.gate.policy.statements:
             return []
         if self.key is None and self.trust.identity is None:
-            return [
-                RequirementError(
-                    "no key signs the statements that this stage requires",
-                    where="--key",
-                    remedy="give a private key with --key, or --identity and --issuer where this "
-                    "host has them",
-                )
-            ]
+            what = "no key signs the statements that this stage requires"
+            remedy = "give a private key with --key, or --identity and --issuer of this host"
+            return [RequirementError(what, where="--key", remedy=remedy)]
         fault = self.fault(None) or (self.fault("builder") and self.fault("release"))
         return [] if fault is None else [fault]
 
@@ -140,11 +135,9 @@ def plan_of(
     """How the image of a cell is built at a stage, to a folder: in the variant of its policy."""
     policy = gate.policy
     options = images.BuildOptions(
-        output=output,
-        base=LOCKED if policy.committed else ROOTFS,
+        output=output, base=LOCKED if policy.committed else ROOTFS, prewarm=prewarm,
         kernels=policy.archives == "carried",
-        prewarm=prewarm,
-    )
+    )  # fmt: skip
     return images.resolve(gate.project, gate.cell, options, engine)
 
 
@@ -194,14 +187,11 @@ def _bundles(job: Job, gate: Gate, evidence: Evidence) -> Iterator[tuple[str, by
 
 def _verification(job: Job, gate: Gate, *, decided: bool) -> Verification:
     """Of what the registry has: nothing of it is taken from this host."""
+    published = from_registry(job.reference.at(str(gate.digest)), job.ca)
     return Verification(
-        published=from_registry(job.reference.at(str(gate.digest)), job.ca),
-        policy=gate.policy,
-        stage=gate.stage,
-        trust=job.trust,
-        now=job.clock(),
-        waivers=None if decided else gate.waivers,
-    )
+        published=published, policy=gate.policy, stage=gate.stage, trust=job.trust,
+        now=job.clock(), waivers=None if decided else gate.waivers,
+    )  # fmt: skip
 
 
 def _check(job: Job, gate: Gate, *, decided: bool) -> Verification:

@@ -25,7 +25,7 @@ from vllm_forge.images.layout import MANIFEST, Image, ImageLayer, read_image
 from vllm_forge.release.errors import BundleFileError, ImageContentError, RegistryContentError
 from vllm_forge.release.referrers import PREDICATE, referrers
 from vllm_forge.release.registry import Reference, Repository
-from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE
+from vllm_forge.signing.bundle import LARGEST, MALFORMED, MEDIA_TYPE
 
 SUFFIX = ".sigstore.json"
 CONFIG_BYTES = 8 << 20
@@ -33,7 +33,6 @@ LAYER_BYTES = 64 << 20  # of a layer that may hold stack.json; that of a series 
 PLAIN_BYTES = 256 << 20
 STACK_BYTES = 1 << 20  # that of a full image has 25 kB
 NEEDED = {"compute_capability", "debian", "packages", "series", "vllm_release"}
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
 UNREADABLE = (OSError, EOFError, zlib.error, ZstdError, tarfile.TarError, *MALFORMED)
 MOST_LAYERS = 125  # maxLayerDepth of docker (github.com/moby/moby, layer/layer_store.go)
 

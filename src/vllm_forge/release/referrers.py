@@ -67,12 +67,11 @@ class Referrer:
     def bundle(self, repository: Repository) -> bytes:
         """The Sigstore bundle; RegistryContentError if the manifest has not exactly one layer."""
         if len(layers := self.artifact.layers) != 1 or layers[0].size > LARGEST:
-            raise RegistryContentError(
-                f"{self.manifest.digest} is not a bundle: expected one layer of at most "
-                f"{LARGEST} bytes",
-                where=repository.reference,
-                remedy="see who attached it",
+            what = (
+                f"{self.manifest.digest} is not a bundle: expected one layer of at most {LARGEST} B"
             )
+            remedy = "see who attached it"
+            raise RegistryContentError(what, where=repository.reference, remedy=remedy)
         return repository.blob(layers[0].digest, layers[0].size)
 
 
@@ -151,10 +150,9 @@ def put_referrer(repository: Repository, content: bytes) -> str:
 
 
 def _api(repository: Repository, digest: str) -> list[Any] | None:
-    """The entries that the registry lists; None where it has no referrers API.
+    """The entries that the registry lists; None where it has no referrers API, as cosign sees it.
 
-    Registries without it answer in these ways, and clients take them so, cosign among them
-    (github.com/google/go-containerregistry, pkg/v1/remote/referrers.go).
+    Source: github.com/google/go-containerregistry, pkg/v1/remote/referrers.go.
     """
     return repository.pages(f"referrers/{digest}", "manifests", NO_API, INDEX)
 
@@ -166,12 +164,11 @@ def _fallback(repository: Repository, digest: str) -> list[Any]:
         return []
     rows = parse_json(manifest.content).get("manifests")
     if not isinstance(rows, list):
-        raise RegistryContentError(
-            f"tag {tag} is not a list of what is attached to {digest}",
-            where=repository.reference,
-            remedy="see who wrote it, and delete the tag; what is listed nowhere else must be "
-            "attached again",
+        what = f"tag {tag} is not a list of what is attached to {digest}"
+        remedy = (
+            "see who wrote it, and delete it; what is listed nowhere else must be attached again"
         )
+        raise RegistryContentError(what, where=repository.reference, remedy=remedy)
     return rows
 
 

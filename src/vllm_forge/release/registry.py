@@ -203,14 +203,11 @@ class Repository:
         """
         downloads = [
             Download(
-                url=f"{self._url}/blobs/{blob.digest}",
-                sha256=blob.digest.removeprefix("sha256:"),
-                size=blob.size,
-                target=folder / blob.digest.removeprefix("sha256:"),
-                shared=False,
+                url=f"{self._url}/blobs/{blob.digest}", size=blob.size, shared=False,
+                sha256=(name := blob.digest.removeprefix("sha256:")), target=folder / name,
             )
             for blob in blobs
-        ]
+        ]  # fmt: skip
         try:
             download_all(self.session, downloads)
         except OTHER_FILE as error:
@@ -290,12 +287,9 @@ class Repository:
         raise self._lie(f"{path} has more than {MOST_PAGES} pages", url)
 
     def _read(
-        self,
-        url: str,
-        limit: int,
-        headers: dict[str, str] | None = None,
+        self, url: str, limit: int, headers: dict[str, str] | None = None,
         missing: tuple[int, ...] = MISSING,
-    ) -> requests.Response | None:
+    ) -> requests.Response | None:  # fmt: skip
         """An answer with its body; None if it is ``missing``. A cut connection is tried again."""
         for left in reversed(range(READ_TRIES)):
             with self._ask("GET", url, (200, *missing), headers) as answer:

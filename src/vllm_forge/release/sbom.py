@@ -41,6 +41,7 @@ from vllm_forge.matrix import FrozenModel, ImageCell
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.release.errors import OsvError, SbomError
+from vllm_forge.signing.bundle import MALFORMED
 from vllm_forge.sources import Lock, LockedWheel, Wheelhouse
 from vllm_forge.sources.debian import DebianPackage, installed_packages, read_base_lock
 
@@ -54,7 +55,6 @@ SITE = re.compile(r"^opt/venv/lib/python[\d.]+/site-packages/")
 VENDORED, EMBEDDED = "vllm-forge:vendored", "vllm-forge:sbom"
 STATUS = "var/lib/dpkg/status"
 ECOSYSTEM, PURL_TYPE = "PyPI", "pypi"
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
 # RuntimeError: a member is encrypted, or compressed in another way.
 UNREADABLE = (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, *MALFORMED)
 Document = dict[str, Any]

@@ -156,12 +156,10 @@ def make_provenance(
     require_own_image(project, cell, image, record)
     stack = record["stack"]
     newest = max(record["blobs"].values()) // 10**9
+    external = External(sku=cell.sku_name, line=cell.line_name, options=_options(record))
     provenance = Provenance(
         buildDefinition=Definition(
-            buildType=BUILD_TYPE,
-            externalParameters=External(
-                sku=cell.sku_name, line=cell.line_name, options=_options(record)
-            ),
+            buildType=BUILD_TYPE, externalParameters=external,
             resolvedDependencies=tuple(_dependencies(project, cell, stack)),
         ),
         runDetails=Run(
@@ -172,7 +170,7 @@ def make_provenance(
             ),
             metadata=Metadata(finishedOn=datetime.fromtimestamp(newest, UTC)),
         ),
-    )
+    )  # fmt: skip
     predicate = provenance.model_dump(mode="json", by_alias=True, exclude_none=True)
     return image_statement(cell, image, PROVENANCE, predicate)
 

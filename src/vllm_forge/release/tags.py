@@ -79,9 +79,8 @@ def choose_names(
 def require_free(tag: str, digest: str, current: str | None) -> None:
     """TagTakenError if a tag that never moves names another image."""
     if current not in (None, digest):
-        raise TagTakenError(
-            f"{tag} is {current} already, and never moves",
-            where=f"to be given to {digest}",
-            remedy="another release took this name meanwhile: run the command again, which takes "
-            "the next one",
+        what = f"{tag} is {current} already, and never moves"
+        remedy = (
+            "another release took it meanwhile: run the command again, which takes the next one"
         )
+        raise TagTakenError(what, where=f"to be given to {digest}", remedy=remedy)

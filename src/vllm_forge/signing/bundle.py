@@ -163,13 +163,8 @@ def read(content: bytes, where: str = "") -> Bundle:
     material = document.material
     if (material.public_key is None) == (material.certificate is None):
         raise _invalid(where, "expected either the hint of a key or a certificate")
-    return Bundle(
-        content=content,
-        where=where,
-        statement=statement,
-        signature=signature,
-        hint=None if material.public_key is None else material.public_key.hint,
-    )
+    hint = None if material.public_key is None else material.public_key.hint
+    return Bundle(content=content, where=where, statement=statement, signature=signature, hint=hint)
 
 
 def verify(bundle: Bundle, keys: Keyring, *, role: Role, now: datetime) -> Verified:
@@ -192,12 +187,8 @@ def verify(bundle: Bundle, keys: Keyring, *, role: Role, now: datetime) -> Verif
         )
     key.verify(bundle.signature, pae(bundle.statement), bundle.where)
     key.require(role, now, bundle.where)
-    return Verified(
-        statement=parse_statement(bundle),
-        content=bundle.statement,
-        signer=key.name,
-        key_id=key.id,
-    )
+    statement, content = parse_statement(bundle), bundle.statement
+    return Verified(statement=statement, content=content, signer=key.name, key_id=key.id)
 
 
 def verify_keyless(bundle: Bundle, *, identity: str, issuer: str) -> Verified:

@@ -100,12 +100,9 @@ class TrustedKey:
         try:
             self.public.verify_signature(Signature(self.id, signature.hex()), data)
         except (UnverifiedSignatureError, VerificationError) as error:
-            raise errors.SignatureInvalidError(
-                f"invalid signature of key {self.name}: {printable(str(error))}",
-                where=where,
-                remedy="get the file again from where it was published; if it is the same, it "
-                "was edited after it was signed",
-            ) from None
+            what = f"invalid signature of key {self.name}: {printable(str(error))}"
+            remedy = "get the file again; if it is the same, it was edited after it was signed"
+            raise errors.SignatureInvalidError(what, where=where, remedy=remedy) from None
 
     def require(self, role: Role | None, now: datetime, where: str) -> None:
         """Raise unless this key may sign for ``role`` (None: for any) and is valid ``now``."""
@@ -121,13 +118,10 @@ class TrustedKey:
             raise errors.KeyRoleError(what, where=where, remedy=remedy)
         today = now.astimezone(UTC).date()
         if not row.valid_from <= today <= row.valid_until:
-            raise errors.KeyExpiredError(
-                f"key {self.name} is valid from {row.valid_from} to {row.valid_until}, "
-                f"and today is {today}",
-                where=where,
-                remedy="check the clock of this host; for an expired key, have the statement "
-                "signed with a valid one",
-            )
+            valid = f"from {row.valid_from} to {row.valid_until}"
+            what = f"key {self.name} is valid {valid}, and today is {today}"
+            remedy = "check this host's clock; or have the statement signed with a valid key"
+            raise errors.KeyExpiredError(what, where=where, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
