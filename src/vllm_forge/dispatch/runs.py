@@ -207,10 +207,7 @@ def asking(probe: Probe) -> Ask:
         reply = probe.ask(argv[0], argv)
         if reply.code != 0:
             what = f"{argv[0]} exited with {reply.code}: {printable(reply.text.strip())}"
-            check = "kubectl cluster-info" if argv[0] == "kubectl" else "scontrol ping"
-            remedy = f"see whether the cluster answers: {check}"
-            if reply.missing:
-                remedy = f"run this on a host of the cluster that has {argv[0]} in PATH"
+            remedy = f"see whether {argv[0]} is installed here, and reaches the cluster"
             raise SchedulerError(what, where=shlex.join(argv), remedy=remedy)
         return reply.text
 

@@ -21,8 +21,7 @@ from vllm_forge.host import printable, write_whole
 
 TERM_S = 60  # from SIGTERM to the end of a job's time, in which the suite writes what it has
 GPUS = re.compile(r"\bgpu:([\w.-]+):(\d+)")
-JOB = re.compile(r"\d{1,20}", re.ASCII)
-TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+JOB = re.compile(r"^\d{1,20}(?=;|$)", re.ASCII | re.MULTILINE)
 # As squeue(1) says of jobs that will not run again; one that it does not list has ended, too.
 ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
@@ -146,12 +145,12 @@ def require_cluster(specs: Sequence[JobSpec], site: Site, ask: Ask) -> None:
 
 def _minutes(text: str) -> float:
     """Slurm's [days-]hours:minutes:seconds, or minutes:seconds."""
-    if not (match := TIME.fullmatch(text)):
+    days, _, clock = text.rpartition("-")
+    parts = [days or "0", *clock.split(":")]
+    if not all(part.isdecimal() for part in parts):
         return float("inf")  # "infinite", "n/a"
-    days, *parts = match.groups()
-    hours, minutes, seconds = parts if days or parts[2] else (None, *parts[:2])
-    total = [int(part or 0) for part in (days, hours, minutes, seconds)]
-    return 1440 * total[0] + 60 * total[1] + total[2] + total[3] / 60
+    seconds = sum(int(part) * 60**place for place, part in enumerate(reversed(parts[1:])))
+    return float(1440 * int(parts[0]) + seconds / 60)
 
 
 def send(batches: Sequence[Batch], folder: Path, ask: Ask, record: RunRecord) -> RunRecord:
@@ -174,8 +173,7 @@ def send(batches: Sequence[Batch], folder: Path, ask: Ask, record: RunRecord) ->
         try:
             ask(cancel)
         except SchedulerError as second:
-            first = getattr(error, "what", "interrupted")
-            what = f"{first}; jobs that were sent before may run: {second.what}"
+            what = f"{getattr(error, 'what', 'interrupted')}; other jobs may run: {second.what}"
             remedy = f"run `{shlex.join(cancel)}`, then send them again"
             raise SchedulerError(what, where=folder, remedy=remedy) from error
         raise
@@ -193,12 +191,10 @@ def require_accepted(script: Path, where: str, ask: Ask) -> None:
 
 
 def _job_id(text: str, path: Path) -> str:
-    jobs = [row.partition(";")[0] for row in text.splitlines()]  # plugins of sites print, too
-    jobs = [job for job in jobs if JOB.fullmatch(job)]
-    if len(jobs) != 1:
+    if len(jobs := JOB.findall(text)) != 1:  # plugins of sites print, too
         what = f"sbatch printed no job id, or several: {printable(text.strip()[:200])}"
         raise SchedulerError(what, where=path, remedy="see what its plugins print")
-    return jobs[0]
+    return str(jobs[0])
 
 
 def states(run: str, ask: Ask) -> dict[str, State]:

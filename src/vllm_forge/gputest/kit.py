@@ -11,6 +11,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -31,7 +32,7 @@ KEEP_KEY = 'mkdir -p "$1" && { [ -e "$1/$2" ] || cp "/forge/$2" "$1"; } && shift
 TURNS = ("/opt/venv/bin/python", "-m", "vllm_forge.bench.turns", "/forge/bench", "/output")
 HOST = Path(__file__).with_name("kit_host.py")
 CHUNK = 1 << 22
-# An older one would end with a syntax error.
+MOST_PARTS = 10_000  # a folder of more is slow to copy, and to delete
 PYTHON = """python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
     { echo 'no python3 of 3.9 or newer: put the folder of one first in PATH' >&2; exit 1; }
 """
@@ -72,6 +73,8 @@ def make_kit(
         verify(image)
     models = sum(tree_bytes(folder) for folder in inputs.values())
     require_disk(output, 3 * image.size + 2 * models)
+    if (number := (image.size + models) // max_part) > MOST_PARTS:
+        raise KitError(f"a kit of {number} parts", remedy="give a --max-part of more megabytes")
     with atomic_path(output) as aside:
         content = aside.with_name(f"content of {aside.name}")  # removed with it in any case
         content.mkdir()
@@ -103,11 +106,7 @@ def make_kit(
                     "last": [f"--caches={place}"],
                     "env": launch.ENVIRONMENT,
                 },
-                "bench": {
-                    "argv": session_command(place),
-                    "last": [],
-                    "env": launch.ENVIRONMENT,
-                },
+                "bench": {"argv": session_command(place), "last": [], "env": launch.ENVIRONMENT},
                 "parts": write_parts(content, aside, max_part),
             }
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -152,6 +151,7 @@ def write_parts(content: Path, folder: Path, limit: int) -> list[dict[str, Any]]
     width = max(3, len(str(tree_bytes(content) // limit)))
     argv = ["split", f"--bytes={limit}", "--numeric-suffixes", f"--suffix-length={width}"]
     with (
+        suppress(BrokenPipeError),  # it ended early, and has said why
         subprocess.Popen([*argv, "-", str(folder / "part-")], stdin=subprocess.PIPE) as split,
         tarfile.open(fileobj=split.stdin, mode="w|") as tar,
     ):

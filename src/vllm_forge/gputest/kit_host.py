@@ -151,7 +151,7 @@ def content(manifest: dict[str, Any], work: Path) -> Path:
 def untar(folder: Path, *options: str) -> Iterator[IO[bytes]]:
     """A pipe to a tar that unpacks into ``folder``; ends this process if it fails."""
     argv = ["tar", "--extract", f"--directory={folder}", *options]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE) as tar:
+    with contextlib.suppress(BrokenPipeError), subprocess.Popen(argv, stdin=subprocess.PIPE) as tar:
         assert tar.stdin is not None  # noqa: S101
         yield tar.stdin
         tar.stdin.close()

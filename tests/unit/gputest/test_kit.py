@@ -698,6 +698,25 @@ def test_no_part_is_larger_than_asked(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == (content / "file").read_bytes()
 
 
+@ROOT_ONLY
+def test_full_disk_of_the_parts_is_named(tmp_path: Path) -> None:
+    """Which a broken pipe says else."""
+    (content := tmp_path / "content").mkdir()
+    (content / "file").write_bytes(os.urandom(1 << 20))
+    with (
+        disk(tmp_path / "parts", "size=64k") as parts,
+        pytest.raises(KitError, match="split exited with 1"),
+    ):
+        write_parts(content, parts, 1 << 15)
+
+
+def test_too_many_parts_are_refused(root: Path, image: Image, tmp_path: Path) -> None:
+    project, kit = Project(root), tmp_path / "kit"
+    with pytest.raises(KitError, match=r"a kit of \d+ parts"):
+        make_kit(project, project.cell("h200"), image.path, kit, max_part=62, inputs={})
+    assert not kit.exists()
+
+
 def test_rehearsal_that_would_be_copied_is_refused(root: Path, tmp_path: Path) -> None:
     project, model = Project(root), tmp_path / "model"
     (model / SIGN).mkdir(parents=True)
