@@ -8,7 +8,7 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +27,8 @@ from vllm_forge.host import open_plain, parse_json, printable
 MAX_TEXT, MAX_CONFIG = 1 << 28, 1 << 24
 # Bytes of all headers: those of 135,000 tensors have 2e7, and take ten times that in memory.
 MAX_HEADERS = 1 << 28
-MOST_POINTER = 1024  # bytes of a Git LFS pointer (its specification, docs/spec.md)
+LFS = b"version https://git-lfs."  # a pointer to a file begins so (its docs/spec.md)
+NUMBERED = re.compile(r"(.*-)\d{5}(-of-(0\d{4})\.safetensors)")
 REPOSITORY = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_TIMEOUT_S = 30.0
 HUB_LIMIT_S = 600  # of a range
@@ -75,29 +76,30 @@ class CheckpointSource(ABC):
         except UnicodeDecodeError as error:
             raise self.error(f"{name} is not UTF-8: {error}") from None
 
-    def json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object, None if there is no such file."""
+    def malformed(self, name: str, problem: str) -> CheckpointUnreadableError:
+        """The error of a file that is not what its name says."""
+        if self.read(name, 0, min(self.sizes[name], len(LFS))) == LFS:
+            return self.error(f"{name} is a Git LFS pointer", "run git lfs pull, or fetch the file")
+        remedy = "an interrupted download or copy: fetch that file again"
+        return self.error(f"{name} is not {problem}", remedy)
+
+    def json(self, name: str, *, any_value: bool = False) -> Any:
+        """A JSON object, or any value; None if there is no such file."""
         if (text := self.text(name)) is None:
             return None
         try:
             value = parse_json(text)
         except ValueError as error:
-            raise self.error(f"{name} is not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise self.error(f"{name} is not a JSON object")
+            raise self.malformed(name, f"JSON: {error}") from None
+        if not isinstance(value, dict) and not any_value:
+            raise self.malformed(name, "a JSON object")
         return value
-
-    def lacks(self, name: str) -> bool:
-        """Whether the content of a JSON file is not here: it is empty, or a Git LFS pointer."""
-        if (size := self.sizes[name]) > MOST_POINTER:
-            return False
-        return not self.read(name, 0, size).lstrip().startswith((b"{", b"["))
 
     def config(self) -> dict[str, Any]:
         """The content of config.json, which must be there."""
         if (config := self.json(CONFIG)) is None:
             raise self.error(f"missing {CONFIG}", "take it from the model's repository")
-        return config
+        return dict(config)
 
 
 class Folder(CheckpointSource):
@@ -241,6 +243,11 @@ def find_source(name: str) -> CheckpointSource:
     """The source that a user names: a folder, an index file, or ``owner/name[@revision]``."""
     path = Path(name)
     try:
+        if (revisions := path / "snapshots").is_dir() and not (path / CONFIG).exists():
+            what = "a repository of the Hub's cache, not one of its revisions"
+            raise CheckpointUnreadableError(
+                what, where=name, remedy=f"give a folder in {revisions}"
+            )
         if path.is_dir():
             return Folder(path)
         if path.is_file() and path.name == INDEX:
@@ -282,9 +289,10 @@ class Checkpoint:
         index = source.json(INDEX)
         weight_map = None if index is None else _weight_map(index, source)
         stored = filter(_is_loaded, source.sizes)
-        shards = sorted(stored if weight_map is None else set(weight_map.values()))
+        shards = sorted(set(_numbered(stored) if weight_map is None else weight_map.values()))
         if not shards:
-            raise source.error("there are no tensors")
+            what = f"no {INDEX} and no *{SUFFIX} in the folder itself"
+            raise source.error(what, "convert other formats, or merge the folders of ranks")
         missing = tuple(s for s in shards if s not in source.sizes or not _is_loaded(s))
         tensors = _headers(source, [shard for shard in shards if shard not in missing])
         metadata = (index or {}).get("metadata")
@@ -347,6 +355,14 @@ def _is_loaded(shard: str) -> bool:
     return shard.endswith(SUFFIX) and not shard.startswith(".") and "/" not in shard
 
 
+def _numbered(shards: Iterable[str]) -> Iterator[str]:
+    """Shards, and all that have a name like "model-00001-of-00002.safetensors" beside it."""
+    for shard in shards:
+        yield shard
+        if match := NUMBERED.fullmatch(shard):
+            yield from (f"{match[1]}{n:05}{match[2]}" for n in range(1, int(match[3]) + 1))
+
+
 def _headers(source: CheckpointSource, shards: list[str]) -> dict[str, StoredTensor]:
     total, lock = 0, Lock()
 
@@ -364,7 +380,8 @@ def _headers(source: CheckpointSource, shards: list[str]) -> dict[str, StoredTen
     for tensor in (tensor for header in headers for tensor in header):
         name = plain_name(tensor.name)
         if name in tensors:
-            raise source.error(f"{name} is in {tensors[name].shard} and in {tensor.shard}")
+            what = f"{name} is in {tensors[name].shard} and in {tensor.shard}"
+            raise source.error(what, "keep one of the two files, or the index that names its files")
         tensors[name] = tensor
     return tensors
 
@@ -379,7 +396,8 @@ def _weight_map(index: Mapping[str, Any], source: CheckpointSource) -> dict[str,
         and len(name) + len(file) <= 2 * MAX_NAME
         for name, file in rows.items()
     ):
-        raise source.error(f"{INDEX} has no weight_map of tensors to files of its own folder")
+        what = f"{INDEX} has no weight_map of tensors to files of its own folder"
+        raise source.error(what, "move all shards there, and write a new index of them")
     plain = {plain_name(name): shard for name, shard in rows.items()}
     if len(plain) < len(rows):
         raise source.error(f'{INDEX} has a name both with and without "model." in front')

@@ -118,8 +118,7 @@ def read_header(
             text += source.read(shard, LENGTH_BYTES + len(text), start)
         return parse_header(text, size, source, shard)
     except ValueError as error:
-        remedy = "an interrupted download or copy: fetch that file again"
-        raise source.error(f"{shard} is not a whole safetensors file: {error}", remedy) from None
+        raise source.malformed(shard, f"a whole safetensors file: {error}") from None
 
 
 def parse_header(

@@ -294,7 +294,7 @@ class TestSource:
     def test_git_lfs_pointer_is_refused(self, model: Path, tmp_path: Path) -> None:
         broken = _copy(model, tmp_path)
         (broken / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
-        with pytest.raises(ModelInputError, match="is empty or a Git LFS pointer"):
+        with pytest.raises(CheckpointUnreadableError, match="is a Git LFS pointer"):
             open_model(broken)
 
     def test_the_index_must_be_the_files(self, model: Path, tmp_path: Path) -> None:

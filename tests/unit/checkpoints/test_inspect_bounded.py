@@ -56,7 +56,7 @@ def test_a_pattern_beyond_the_limit_is_not_compiled() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"ignore": [ENDLESS]}, {"config_groups": {"group_0": {"targets": [ENDLESS]}}}],
+    [{"ignore": [ENDLESS]}, {"config_groups": {"group_0": {"targets": [ENDLESS], "weights": {}}}}],
     ids=["ignore", "targets"],
 )
 def test_the_command_ends(

@@ -389,6 +389,11 @@ class TestPlaces:
         with pytest.raises(CheckpointUnreadableError, match="too long"):
             find_source("x" * 5000)
 
+    def test_a_repository_of_the_cache_is_not_a_revision(self, tmp_path: Path) -> None:
+        (tmp_path / "snapshots").mkdir()
+        with pytest.raises(CheckpointUnreadableError, match="not one of its revisions"):
+            find_source(str(tmp_path))
+
     def test_a_config_that_is_too_long_is_reported(self, tmp_path: Path) -> None:
         with (tmp_path / "config.json").open("wb") as file:
             file.truncate(MAX_TEXT + 1)  # a hole

@@ -178,6 +178,7 @@ def test_dspark_says_how_many_tokens_to_draft(
         (r"^embed\.", "model.embed_tokens."),
         (r"^head\.", "lm_head."),
         (r"^layers\.(\d+)\.attn_norm\.", r"model.layers.\1.input_layernorm."),
+        (r"^", "module."),
     ],
 )
 def test_names_of_other_libraries_are_called_so(
@@ -185,7 +186,7 @@ def test_names_of_other_libraries_are_called_so(
 ) -> None:
     changed = _broken(layouts("card"), tmp_path / "names", rename=[ours, theirs])
     by = {finding.title: finding for finding in _named(changed, "names")}
-    found = by["names of another library, transformers or MLX"]
+    found = by["names of another library: transformers, MLX or a wrapper of torch"]
     assert (found.effect, "save_pretrained" in found.remedy) == (REFUSES, True)
     assert "tensors that the model does not have" not in by
 

@@ -151,7 +151,7 @@ class TestLook:
         ("files", "words"),
         [
             ({"model__safetensors": _file({})}, "missing config.json"),
-            ({"config__json": b"{}"}, "there are no tensors"),
+            ({"config__json": b"{}"}, "no model.safetensors.index.json and no"),
             ({"config__json": b"{"}, "config.json is not JSON"),
             ({"config__json": b"[]"}, "not a JSON object"),
             ({"config__json": b"\xff"}, "not UTF-8"),

@@ -34,12 +34,21 @@ UNREADABLE = CheckpointUnreadableError.exit_code
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SHARD, OTHER = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 DEEP = b"[" * 200_000
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.fixture(scope="session")
 def card(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = layout(tmp_path_factory.mktemp("tampered"), "card")
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _without(*names: str) -> Callable[[dict[str, bytes]], None]:
+    def change(files: dict[str, bytes]) -> None:
+        for name in names:
+            del files[name]
+
+    return change
 
 
 def _exit(files: dict[str, bytes]) -> tuple[int, str]:
@@ -140,6 +149,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
     ),
     "index sums are words": (_edited(INDEX, lambda i: i.update(metadata=[1])), SERVES, ""),
     "a shard is gone": (lambda files: files.pop(OTHER), REFUSED, "shards are missing"),
+    "a shard of a number is gone": (_without(INDEX, OTHER), REFUSED, "1 of 2 shards"),
     "a shard is empty": (_cut(0), UNREADABLE, "a header of 0 bytes"),
     "a header is cut off": (_cut(500), UNREADABLE, "a header of"),
     "data is cut off": (lambda f: f.update({SHARD: f[SHARD][:-1]}), UNREADABLE, "cut off"),
@@ -223,12 +233,20 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
     "a record is deep": (_raw(RECORD, DEEP), DEPARTS, "cannot be read"),
     "a record of others": (_raw(RECORD, b'{"tensors":{}}'), DEPARTS, "not recorded"),
     "tokenizer is a Git LFS pointer": (
-        _raw("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n"), DEPARTS,
-        "Git LFS pointer",
+        _raw("tokenizer.json", POINTER), DEPARTS, "Git LFS pointer",
     ),
-    "tokenizer is empty": (_raw("tokenizer.json", b""), DEPARTS, "is empty or"),
+    "tokenizer is empty": (_raw("tokenizer.json", b""), DEPARTS, "tokenizer.json is not JSON"),
+    "tokenizer is cut off": (_raw("tokenizer.json", b'{"model":'), DEPARTS, "not JSON"),
+    "config is a Git LFS pointer": (_raw(CONFIG, POINTER), UNREADABLE, "git lfs pull"),
+    "shard is a Git LFS pointer": (_raw(SHARD, POINTER), UNREADABLE, "git lfs pull"),
     "no tokenizer": (lambda files: files.pop("tokenizer.json"), SERVES, "no tokenizer"),
 }  # fmt: skip
+
+
+def test_what_a_missing_shard_has_is_not_missed_as_well(card: dict[str, bytes]) -> None:
+    report = inspect_files({name: data for name, data in card.items() if name != OTHER})
+    (found,) = report.findings
+    assert "1 of 2 shards are not here" in found.what
 
 
 @pytest.mark.parametrize("name", TAMPERED)

@@ -303,9 +303,10 @@ def rules(profile: Profile) -> Iterator[Finding]:
     if profile.malformed is not None:
         yield finding("malformed-rule", profile.malformed)
         return
-    known = set(matching.serving_modules(profile.model, profile.blocks))
-    stored = {*profile.modules, *(f"model.{module}" for module in profile.modules)}
-    names = known | stored | {LINEAR_CLASS}
+    known = matching.asked_names(profile.model, profile.blocks)
+    stored = (*profile.modules, *(f"model.{module}" for module in profile.modules))
+    # In this order: patterns that match a known name were not tried on the others, see matching.
+    names = dict.fromkeys((*known, *stored, LINEAR_CLASS))
     for name, group in profile.groups.items():
         literal = group.rules.literal
         idle = [
@@ -317,7 +318,7 @@ def rules(profile: Profile) -> Iterator[Finding]:
         if idle:
             more = f" and {len(idle) - 1} more" if idle[1:] else ""
             yield finding("targets-none", f"{name}: {idle[0]}{more}")
-    if stale := sorted(profile.ignored.literal - HARMLESS - known):
+    if stale := sorted(profile.ignored.literal - HARMLESS - {*known}):
         yield finding("stale-ignore", len(stale), stale[0])
 
 

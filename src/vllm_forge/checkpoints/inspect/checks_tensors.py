@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.fixtures.sparse import MARK
 from vllm_forge.checkpoints.inspect.findings import (
     Effect,
@@ -35,9 +36,10 @@ from vllm_forge.checkpoints.tensors import StoredTensor, TensorSpec
 from vllm_forge.host import printable
 
 ROWS = re.compile(r"ffn\.shared_experts\.(down_proj|w2)\.\d+(\.|$)")
-# Modules as transformers (in memory, and before 5.x in files) and MLX name them.
+# Modules as transformers (in memory, and before 5.x in files), MLX and torch's wrappers name them.
 FOREIGN = re.compile(
     r"\.(self_attn|mlp|switch_mlp)\.|_layernorm\.|^(model\.)?(embed_tokens|lm_head|model\.norm)\."
+    r"|^(module|_orig_mod|(model\.)?language_model)\."
 )
 ROUTERS = (".gate.bias", ".gate.tid2eid")
 # Buffers that older writers saved, and that vLLM skips (model_executor/models/utils.py,
@@ -56,7 +58,7 @@ def files(profile: Profile) -> Iterator[Finding]:
     elif reason := profile.source.worthless:
         yield finding("rehearsal", f"an artifact without its mark: {reason}")
     if missing := profile.missing_shards:
-        total = len(set((profile.index or {}).values()))
+        total = len({*missing, *profile.shards})
         effect = Effect.REFUSES if profile.tensors else Effect.NOTES
         yield finding("missing-shards", len(missing), total, missing[0], effect=effect)
     if profile.misplaced:
@@ -64,10 +66,12 @@ def files(profile: Profile) -> Iterator[Finding]:
     total_size, size = profile.total_size, profile.bytes
     if not missing and profile.tensors and total_size not in (None, size):
         yield finding("total-size", total_size, size)
-    if profile.tensors and TOKENIZER not in profile.source.sizes:
-        yield finding("no-tokenizer")
-    elif profile.tensors and profile.source.lacks(TOKENIZER):
-        yield finding("pointer", TOKENIZER)
+    if profile.tensors:
+        try:
+            if profile.source.json(TOKENIZER) is None:
+                yield finding("no-tokenizer")
+        except CheckpointUnreadableError as error:
+            yield finding("bad-tokenizer", error.what)
 
 
 def drafter(profile: Profile) -> Iterator[Finding]:

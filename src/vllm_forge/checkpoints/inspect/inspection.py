@@ -134,7 +134,12 @@ def find_all(
     *,
     digests: bool = False,
 ) -> list[Finding]:
-    """Everything that is found without a vLLM, from bad to harmless."""
+    """Everything that is found without a vLLM, from bad to harmless.
+
+    Where shards are missing, only that: what they have is not known.
+    """
+    if profile.tensors and profile.missing_shards:
+        return _sorted(list(checks_tensors.files(profile)))
     checks = [*checks_tensors.NAMES]
     if profile.tensors:
         checks += [*checks_config.CHECKS, *checks_tensors.TENSORS]
