@@ -58,17 +58,12 @@ def gpu_states(probe: Probe) -> tuple[GpuState, ...]:
     states = []
     for index, sm, memory, watts, celsius, reasons in _ask(probe, "nvidia-smi-clocks", STATE):
         counts = [_number(text) for text in slowed.get(index, ["unknown"])]
-        states.append(
-            GpuState(
-                index=int(index),
-                sm_mhz=_number(sm),
-                memory_mhz=_number(memory),
-                watts=_number(watts),
-                celsius=_number(celsius),
-                reasons=int(reasons, 16) if re.fullmatch("0x[0-9a-fA-F]{1,16}", reasons) else None,
-                slowed_us=None if None in counts else sum(filter(None, counts)),
-            )
-        )
+        mask = int(reasons, 16) if re.fullmatch("0x[0-9a-fA-F]{1,16}", reasons) else None
+        states.append(GpuState(
+            index=int(index), sm_mhz=_number(sm), memory_mhz=_number(memory),
+            watts=_number(watts), celsius=_number(celsius), reasons=mask,
+            slowed_us=None if None in counts else sum(filter(None, counts)),
+        ))  # fmt: skip
     return tuple(states)
 
 

@@ -148,15 +148,11 @@ def measure(
     gpus_after, tokens = gpu_states(probe), sum(answer.tokens for answer in answers)
     after = read_counters(url, before.tokens, tokens)
     window = Window(
-        seconds=seconds,
-        before=before,
-        after=after,
+        seconds=seconds, before=before, after=after, gpus_before=gpus, gpus_after=gpus_after,
         new_files=tuple(printable(name) for name in sorted(_files(caches) - files)),
         headroom=client_rate(conditions, measured) * seconds / tokens if tokens else 0.0,
         predicted=_predicted(measured, setup.server.argv),
-        gpus_before=gpus,
-        gpus_after=gpus_after,
-    )
+    )  # fmt: skip
     return Start(order=order, window=window), [_row(answer, window) for answer in answers]
 
 

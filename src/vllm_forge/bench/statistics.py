@@ -238,9 +238,7 @@ def _student(
         reaches += [
             3 / bend * (float(np.cbrt(1 + bend * (end - bend / 6))) - 1) for end in (reach, -reach)
         ]
-    passes, fails = (
-        float(stats.t.sf(min(scores), freedom)),
-        float(stats.t.cdf(max(scores), freedom)),
-    )
+    passes = float(stats.t.sf(min(scores), freedom))
+    fails = float(stats.t.cdf(max(scores), freedom))
     interval = Interval(value, value - max(reaches) * error, value - min(reaches) * error)
     return Margin(interval, passes, fails, units)

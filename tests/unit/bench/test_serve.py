@@ -470,7 +470,7 @@ def test_start_of_other_conditions_is_not_added(output: Path) -> None:
         run(server, output)
         start, rows = measure(server.url, "m", arm(), PROMPTS, warm=WARM, order=1, caches=[],
                               probe=StubProbe(GPUS))  # fmt: skip
-    with pytest.raises(InvalidResultError, match="another conditions.concurrency: 2, now 4"):
+    with pytest.raises(InvalidResultError, match=r"another conditions\.concurrency: 2, now 4"):
         add_start(output, arm(concurrency=4), start, rows)
 
 
