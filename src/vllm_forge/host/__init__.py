@@ -16,6 +16,7 @@ from vllm_forge.host.files import (
     read_plain,
     remove,
     require_disk,
+    require_writable,
     tree_bytes,
     write_json,
     write_whole,

@@ -24,7 +24,13 @@ from pydantic import ValidationError
 
 from vllm_forge.errors import ForgeError, problems
 from vllm_forge.host.console import console
-from vllm_forge.host.errors import BusyError, CacheError, DiskSpaceError, MountedError
+from vllm_forge.host.errors import (
+    BusyError,
+    CacheError,
+    DiskSpaceError,
+    FileAccessError,
+    MountedError,
+)
 
 T = TypeVar("T")
 SHOWN = 200  # characters of a key
@@ -338,6 +344,13 @@ def require_disk(path: Path, need: int) -> None:
         what = f"about {need / GIB:.1f} GiB are needed and {free / GIB:.1f} GiB are free"
         remedy = "free some space, or set VLLM_FORGE_CACHE / --output to a larger disk"
         raise DiskSpaceError(what, where=path, remedy=remedy)
+
+
+def require_writable(folder: Path) -> None:
+    """FileAccessError, before a long step, unless files can be made in a folder."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "not a folder in which files can be made"
+        raise FileAccessError(what, where=folder, remedy="choose another one, or make it")
 
 
 def mounted_below(folder: Path, table: str | None = None) -> list[Path]:

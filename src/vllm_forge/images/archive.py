@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Runner, which
+from vllm_forge.host import Runner, require_writable, which
 from vllm_forge.host.errors import CommandFailedError, ToolMissingError
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layer import members, overlay, plain_path
@@ -36,6 +36,15 @@ def require_kind(path: Path) -> None:
     if not path.name.endswith(KINDS):
         what = f"invalid --archive {path.name!r}: expected a name that ends in {', '.join(KINDS)}"
         raise UsageError(what)
+
+
+def require_able(path: Path) -> None:
+    """Refuse at once what would fail after a build: FileAccessError, ToolMissingError."""
+    require_writable(path.parent)
+    if not path.name.endswith(".tar") and which(MKSQUASHFS[0]) is None:
+        what = f"{MKSQUASHFS[0]} is not installed; a squashfs needs it"
+        remedy = "on Debian or Ubuntu, as root: apt-get install squashfs-tools"
+        raise ToolMissingError(what, remedy=remedy)
 
 
 def write_archive(runner: Runner, layout: Path, name: str, target: Path, epoch: int) -> None:
@@ -78,9 +87,6 @@ def _entry(path: str, content: bytes, epoch: int) -> tarfile.TarInfo:
 
 
 def _write_squashfs(image: Image, argv: list[str]) -> None:
-    if which(argv[0]) is None:
-        remedy = "on Debian or Ubuntu, as root: apt-get install squashfs-tools"
-        raise ToolMissingError(f"{argv[0]} is not installed; a squashfs needs it", remedy=remedy)
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=errors, bufsize=0) as process,

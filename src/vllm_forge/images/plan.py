@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.host import cache_root, console, hash_of, require_disk
+from vllm_forge.host import cache_root, console, hash_of, require_disk, require_writable
 from vllm_forge.host.errors import CacheError, FileAccessError
 from vllm_forge.images import bytecode, checks, cubins
 from vllm_forge.images.checks import (
@@ -260,7 +260,7 @@ def require_host(target: Path) -> None:
 
     EngineSetupError: not x86_64, which wheels, packages and checks are for; CacheError,
     LayoutError: tools read a character of the cache's path, or of ``target``, as syntax;
-    FileAccessError: TMPDIR cannot be used.
+    FileAccessError: TMPDIR, or the folder of ``target``, cannot be used.
     """
     if found := sorted(set(SYNTAX) & set(str(cache_root()))):
         what = (
@@ -279,6 +279,8 @@ def require_host(target: Path) -> None:
         what = f"images are built on x86_64, and this host is {machine}"
         remedy = "build on an x86_64 host, and move the image: docs/operate/build.md"
         raise EngineSetupError(what, remedy=remedy)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(target.parent)
 
 
 def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: Engine) -> ImagePlan:

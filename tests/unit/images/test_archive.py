@@ -14,9 +14,10 @@ import pytest
 
 from tests.support.fast_build import fast_build, use
 from tests.support.project import make_project
+from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.host import RecordingRunner, Runner
-from vllm_forge.host.errors import CommandFailedError, ToolMissingError
+from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images import archive
 from vllm_forge.images.archive import enroot_files, require_kind, write_archive, write_merged
 from vllm_forge.images.errors import LayoutError
@@ -189,12 +190,20 @@ def test_tool_that_does_not_read_all_has_failed(
     assert target.read_bytes() == b"older"
 
 
-def test_squashfs_without_its_tool_is_refused(
-    built: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_archive_that_cannot_be_written_is_refused_before_a_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    project = make_project(tmp_path)
     monkeypatch.setattr(archive, "which", lambda _: None)
-    with pytest.raises(ToolMissingError, match="mksquashfs is not installed"):
-        write_archive(Runner(), built.path, NAME, tmp_path / "x.sqsh", EPOCH)
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(project.root))
+    monkeypatch.setattr("vllm_forge.images.resolve", None)  # is not reached
+    for name, words in (
+        (tmp_path / "x.sqsh", "mksquashfs is not installed"),
+        (tmp_path / "no-folder" / "x.tar", "not a folder in which"),
+    ):
+        assert main(["build", "alpha", f"--archive={name}"]) == 33
+        assert words in capsys.readouterr().err
+    project.index.close()
 
 
 @pytest.mark.skipif(shutil.which("skopeo") is None, reason="no skopeo: nox -s test -- --provision")

@@ -105,6 +105,19 @@ def test_image_that_skopeo_could_not_read_is_not_built(tmp_path: Path) -> None:
     require_host(tmp_path)
 
 
+def test_folder_that_cannot_be_written_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        require_host(tmp_path / "file" / "image")
+    (tmp_path / "read-only").mkdir()
+    monkeypatch.setattr("os.access", lambda path, _: path != tmp_path / "read-only")
+    with pytest.raises(FileAccessError, match="read-only"):
+        require_host(tmp_path / "read-only" / "image")
+    require_host(tmp_path / "new" / "image")
+
+
 @pytest.mark.parametrize("folder", ["/nonexistent", "relative", "/proc/version"])
 def test_unusable_tmpdir_is_refused_at_once(
     mini: Project, folder: str, monkeypatch: pytest.MonkeyPatch
