@@ -231,8 +231,8 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
     needs = needs_of(project.lock(cell.line_name), deployment, rows)
     probe: Probe = RecordingProbe(HostProbe(), args.save) if args.save else HostProbe()
     if args.replay:
-        if not args.replay.is_dir():
-            what = f"invalid --replay: {args.replay} is not a directory"
+        if not (args.replay / "meminfo.txt").is_file():
+            what = f"invalid --replay: {args.replay} has no saved report"
             raise UsageError(what, remedy="give the directory that doctor --save wrote")
         probe = RecordedProbe(args.replay)
     findings = doctors.judge(doctors.ask_host(probe), deployment, needs)
