@@ -64,17 +64,15 @@ def register(choices: Commands) -> None:
 def build(project: Project, args: argparse.Namespace) -> None:
     """Build one image."""
     from vllm_forge import images
-    from vllm_forge.images.archive import require_able, require_kind, write_archive
+    from vllm_forge.images.archive import require_archive, write_archive
 
     cell = project.cell(args.sku, args.line)
     reference = args.push and _push_target(args.push)
-    if args.archive:
-        require_kind(args.archive)
     runner = RecordingRunner() if args.dry_run else Runner()
     if args.provision:
         images.provision(runner)
-    if args.archive and not args.dry_run:
-        require_able(args.archive)
+    if args.archive:
+        require_archive(args.archive, dry_run=args.dry_run)
     if args.builder is not None and args.engine is not None:
         raise UsageError("--builder and --engine exclude each other", remedy="give one of them")
     engine = images.choose_engine(args.engine, dry_run=args.dry_run, builder=args.builder or "")

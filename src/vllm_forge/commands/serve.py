@@ -13,14 +13,7 @@ from pydantic import ValidationError
 from vllm_forge.commands import parsers
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, LINE, SKU, command, option
 from vllm_forge.errors import UsageError, problems
-from vllm_forge.host import (
-    HostProbe,
-    PlainConsole,
-    Probe,
-    RecordedProbe,
-    RecordingProbe,
-    console,
-)
+from vllm_forge.host import HostProbe, PlainConsole, Probe, RecordedProbe, RecordingProbe, console
 from vllm_forge.project import Project
 from vllm_forge.serve.deployment import (
     KEY,
@@ -211,7 +204,7 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
     console.print(
         f"[bold]{preset}[/], {artifact}, line {deployment.cell.line_name}: [bold]{state}[/]\n"
         f"  {escape(deployment.preset.note)}\n  {escape(what)}\n"
-        "  without a container, in an environment with the line's patched vLLM:",
+        "  without a container, in an environment with the line's patched vLLM:"
     )
     console.print(f"{bare_command(deployment).text()}\n", style="dim", markup=False)
 

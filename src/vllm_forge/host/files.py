@@ -23,14 +23,8 @@ from typing import IO, Any, TypeVar
 from pydantic import ValidationError
 
 from vllm_forge.errors import ForgeError, problems
+from vllm_forge.host import errors
 from vllm_forge.host.console import console
-from vllm_forge.host.errors import (
-    BusyError,
-    CacheError,
-    DiskSpaceError,
-    FileAccessError,
-    MountedError,
-)
 
 T = TypeVar("T")
 SHOWN = 200  # characters of a key
@@ -49,7 +43,7 @@ def cache_root() -> Path:
             return Path(chosen).expanduser().resolve()
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:  # a user without a home, or unknown
-        raise CacheError(str(error), remedy="set VLLM_FORGE_CACHE to a folder") from None
+        raise errors.CacheError(str(error), remedy="set VLLM_FORGE_CACHE to a folder") from None
     return base / "vllm-forge"
 
 
@@ -247,7 +241,7 @@ def remove(path: Path) -> None:
         if done.returncode != 0:
             what = f"cannot unmount a file system: {done.stderr.strip()}"
             remedy = "end what uses it, or unmount it as root; a killed build leaves such mounts"
-            raise MountedError(what, where=point, remedy=remedy)
+            raise errors.MountedError(what, where=point, remedy=remedy)
     end = time.monotonic() + ORPHANS_S
     while path.exists():
         try:
@@ -326,7 +320,7 @@ def _lock(file: IO[str], name: str, *, wait: bool) -> None:
         if not wait:
             what = f"{name} is being worked on by process {holder}"
             remedy = "wait until it ends, or end it"
-            raise BusyError(what, where=file.name, remedy=remedy) from None
+            raise errors.BusyError(what, where=file.name, remedy=remedy) from None
         what = f"  waiting for process {holder}, which works on {name}"
         console.print(what, style="dim", markup=False)
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -343,14 +337,14 @@ def require_disk(path: Path, need: int) -> None:
     if need > (free := free_bytes(path)):
         what = f"about {need / GIB:.1f} GiB are needed and {free / GIB:.1f} GiB are free"
         remedy = "free some space, or set VLLM_FORGE_CACHE / --output to a larger disk"
-        raise DiskSpaceError(what, where=path, remedy=remedy)
+        raise errors.DiskSpaceError(what, where=path, remedy=remedy)
 
 
 def require_writable(folder: Path) -> None:
     """FileAccessError, before a long step, unless files can be made in a folder."""
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         what = "not a folder in which files can be made"
-        raise FileAccessError(what, where=folder, remedy="choose another one, or make it")
+        raise errors.FileAccessError(what, where=folder, remedy="choose another one, or make it")
 
 
 def mounted_below(folder: Path, table: str | None = None) -> list[Path]:

@@ -64,6 +64,29 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(GRACE_S)
 
 
+def _start(
+    argv: Sequence[str], death: str, env: Mapping[str, str] | None, **settings: Any
+) -> "subprocess.Popen[bytes]":
+    """Start a command, which gets the signal ``death`` where this program is killed."""
+    program = which(argv[0])
+    if program is None:
+        what = f"{argv[0]} is not installed"
+        remedy = "install it, or let the build do so with --provision"
+        raise ToolMissingError(what, where=shlex.join(argv), remedy=remedy)
+    with _starting:
+        if stopping.is_set():
+            raise CommandFailedError(f"{argv[0]} was not started", where="interrupted")
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", death, program, *argv[1:]],
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # mmdebstrap, when it fails, kills its whole process group
+            **settings,
+        )
+        _running.add(process)
+    return process
+
+
 def _output(
     process: subprocess.Popen[bytes], seconds: float, excess: Callable[[], str]
 ) -> tuple[str, str, str]:
@@ -122,21 +145,9 @@ def background(
 
     With it ends all that it started, also where this program is killed. ToolMissingError.
     """
-    if (program := which(argv[0])) is None:
-        raise ToolMissingError(f"{argv[0]} is not installed", where=shlex.join(argv))
-    with _starting, log.open("wb") as out:
-        if stopping.is_set():
-            raise CommandFailedError(f"{argv[0]} was not started", where="interrupted")
-        process = subprocess.Popen(
-            # SIGTERM: an engine's client passes it on to its container.
-            ["setpriv", "--pdeathsig", "TERM", program, *argv[1:]],
-            env={**os.environ, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        _running.add(process)
+    with log.open("wb") as out:
+        # SIGTERM: an engine's client passes it on to its container.
+        process = _start(argv, "TERM", env, stdout=out, stderr=subprocess.STDOUT)
     try:
         yield process
     finally:
@@ -250,26 +261,9 @@ class Runner:
         """
         self.commands.append(list(argv))
         console.print(f"  $ {shlex.join(argv)}", style="dim", markup=False)
-        program = which(argv[0])
-        if program is None:
-            what = f"{argv[0]} is not installed"
-            remedy = "install it, or let the build do so with --provision"
-            raise ToolMissingError(what, where=shlex.join(argv), remedy=remedy)
-        with _starting:
-            if stopping.is_set():
-                raise CommandFailedError(f"{argv[0]} was not started", where="interrupted")
-            process = subprocess.Popen(
-                # A killed build takes its commands along: one that went on would write into the
-                # folders of the next build.
-                ["setpriv", "--pdeathsig", "KILL", program, *argv[1:]],
-                env={**os.environ, **(env or {})},
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # mmdebstrap, when it fails, kills its whole process group
-            )
-            _running.add(process)
+        # A killed build takes its commands along: one that went on would write into the folders
+        # of the next build.
+        process = _start(argv, "KILL", env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
             stdout, stderr, limit = _output(process, seconds, excess)
         finally:

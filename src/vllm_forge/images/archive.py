@@ -31,15 +31,16 @@ MKSQUASHFS = ("mksquashfs", "-", "FILE", "-tar", "-noappend", "-quiet", "-no-pro
 TIMES = ("-mkfs-time", "-all-time")
 
 
-def require_kind(path: Path) -> None:
-    """Raise UsageError if the name of a file does not say what it shall become."""
+def require_archive(path: Path, *, dry_run: bool) -> None:
+    """Refuse at once what would fail after a build.
+
+    UsageError: the name does not say what the file shall become; FileAccessError, ToolMissingError.
+    """
     if not path.name.endswith(KINDS):
         what = f"invalid --archive {path.name!r}: expected a name that ends in {', '.join(KINDS)}"
         raise UsageError(what)
-
-
-def require_able(path: Path) -> None:
-    """Refuse at once what would fail after a build: FileAccessError, ToolMissingError."""
+    if dry_run:
+        return
     require_writable(path.parent)
     if not path.name.endswith(".tar") and which(MKSQUASHFS[0]) is None:
         what = f"{MKSQUASHFS[0]} is not installed; a squashfs needs it"

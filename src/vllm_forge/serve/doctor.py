@@ -328,19 +328,19 @@ def check_disk(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Hos
 
 def check_ram(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
     """RAM for the shard file that the workers map; then for all of them as page cache."""
-    if needs.page_cache_bytes is not None and (host.ram or 0) >= needs.page_cache_bytes:
-        yield _at_least("RAM", host.ram, needs.page_cache_bytes, "for all files", "")
-        return
-    if needs.ram_bytes is None or needs.page_cache_bytes is None:
+    shard, files = needs.ram_bytes, needs.page_cache_bytes
+    if files is not None and (host.ram or 0) >= files:
+        yield _at_least("RAM", host.ram, files, "for all files", "")
+    elif shard is None or files is None:
         seen = "not read" if host.ram is None else gigabytes(host.ram)
         yield HostFinding("RAM", "unknown", seen, _unknown_size(deployment))
-        return
-    remedy = "use a host with more RAM: pages of a shard file are read again when they do not fit"
-    yield _at_least("RAM", host.ram, needs.ram_bytes, "for a shard file", remedy)
-    if host.ram is not None and needs.ram_bytes <= host.ram < needs.page_cache_bytes:
-        needed = f"{gigabytes(needs.page_cache_bytes)} to read the weights from disk only once"
-        remedy = "none needed: each worker reads all files, so the start takes longer"
-        yield HostFinding("page cache", "unknown", gigabytes(host.ram), needed, remedy)
+    else:
+        remedy = "use a host with more RAM: pages of a shard file are read again if they do not fit"
+        yield _at_least("RAM", host.ram, shard, "for a shard file", remedy)
+        if host.ram is not None and shard <= host.ram:
+            needed = f"{gigabytes(files)} to read the weights from disk only once"
+            remedy = "none needed: each worker reads all files, so the start takes longer"
+            yield HostFinding("page cache", "unknown", gigabytes(host.ram), needed, remedy)
 
 
 def check_shm(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:

@@ -100,11 +100,11 @@ def processor(reply: Reply, platform: str) -> Iterator[HostFinding]:
 def names(replies: Mapping[str, Reply]) -> Iterator[HostFinding]:
     """Names of hosts that are found, or not, at once; vLLM's processes wait for each."""
     needed = "an answer within 2 s: otherwise each start of vLLM takes 10 to 40 s longer"
-    asked = {name: replies[name] for name in ("own-name", "name-server")}
-    if absent := [name for name, reply in asked.items() if reply.missing]:
-        yield _unread("host names", absent[0], asked[absent[0]], needed)
+    asked = ("own-name", "name-server")
+    if absent := [name for name in asked if replies[name].missing]:
+        yield _unread("host names", absent[0], replies[absent[0]], needed)
         return
-    slow = [name.replace("-", " ") for name, reply in asked.items() if reply.code == TIMED_OUT]
+    slow = [name.replace("-", " ") for name in asked if replies[name].code == TIMED_OUT]
     seen = f"no answer: {', '.join(slow)}" if slow else "answered"
     remedy = "serve with --env 'RES_OPTIONS=timeout:1 attempts:1', or repair /etc/resolv.conf; "
     remedy += "without a container: names in /etc/hosts (docs/operate/offline.md)"

@@ -19,7 +19,7 @@ from vllm_forge.errors import UsageError
 from vllm_forge.host import RecordingRunner, Runner
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images import archive
-from vllm_forge.images.archive import enroot_files, require_kind, write_archive, write_merged
+from vllm_forge.images.archive import enroot_files, require_archive, write_archive, write_merged
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import Image, ImageLayer, write_image
 from vllm_forge.images.rootfs import compress
@@ -241,4 +241,4 @@ def test_dry_run_prints_what_is_run(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("name", ["image", "image.tgz", "image.sqsh.gz", "tar"])
 def test_name_of_no_kind_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="expected a name that ends in"):
-        require_kind(Path(name))
+        require_archive(Path(name), dry_run=True)
