@@ -10,20 +10,8 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from vllm_forge.commands.parsers import (
-    JSON,
-    LINE,
-    SKU,
-    Commands,
-    Parser,
-    command,
-    count,
-    group,
-    option,
-    positive,
-    positive_count,
-    print_table,
-)
+from vllm_forge.commands import parsers
+from vllm_forge.commands.parsers import JSON, LINE, SKU, Commands, Parser, command, count, option
 from vllm_forge.host import atomic_path, console, show, suggestion, write_json, write_whole
 from vllm_forge.project import Project
 
@@ -43,16 +31,18 @@ PLAN_HEAD = ["gate", "margin", "of", "needs", "minutes", "decides"]
 
 
 def register(choices: Commands) -> None:
-    bench = group(choices, "bench", help=HELP)
+    bench = parsers.group(choices, "bench", help=HELP)
     one = _command(bench, "claims", claims, JSON, packaged=True)
     text = "figures of another card, whose verdicts are printed only"
     one.add_argument("card", type=Path, nargs="?", metavar="CLAIMS.toml", help=text)
     one = _command(bench, "plan", plan, JSON, packaged=True)
     one.add_argument("--card", action="store_true", help="what the card's undecided figures need")
     for name, text in (("start", "a server's start"), ("run", "one measured window")):
-        one.add_argument(f"--{name}-seconds", type=positive, help=f"of {text}, for the minutes")
+        one.add_argument(
+            f"--{name}-seconds", type=parsers.positive, help=f"of {text}, for the minutes"
+        )
     text = "by which a start varies, e.g. 0.03; repeatable"
-    one.add_argument("--noise", type=positive, action="append", metavar="SHARE", help=text)
+    one.add_argument("--noise", type=parsers.positive, action="append", metavar="SHARE", help=text)
     _register_servers(bench)
     one = _command(bench, "quality", quality, SKU, LINE, URL, OUTPUT)
     _record_options(one)
@@ -81,7 +71,7 @@ def register(choices: Commands) -> None:
     _register_exchange(bench)
     one = command(bench, "build", build, LINE)
     one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
-    one.add_argument("--rounds", type=positive_count, help="of builds and their floor (3)")
+    one.add_argument("--rounds", type=parsers.positive_count, help="of builds and their floor (3)")
     one.add_argument("--baseline", metavar="COMMIT", help="whose code writes the floor's layers")
 
 
@@ -136,14 +126,18 @@ def _record_options(one: Parser) -> None:
     one.add_argument("--differs", choices=["gpus", "kernels"], action="append", help=text)
     text = "folder of the served model: its tokenizer and template are hashed"
     one.add_argument("--checkpoint", type=Path, required=True, help=text)
-    one.add_argument("--concurrency", type=positive_count, default=8, help="requests at a time (8)")
+    one.add_argument(
+        "--concurrency", type=parsers.positive_count, default=8, help="requests at a time (8)"
+    )
 
 
 def _arm_options(one: Parser) -> None:
     _record_options(one)
     text = "prompts: JSONL with item, and prompt or messages"
     one.add_argument("--workload", type=Path, required=True, help=text)
-    one.add_argument("--max-tokens", type=positive_count, default=512, help="of an answer (512)")
+    one.add_argument(
+        "--max-tokens", type=parsers.positive_count, default=512, help="of an answer (512)"
+    )
     for name, text in (
         ("ignore-eos", "each answer has --max-tokens"),
         ("thinking", "ask for reasoning"),
@@ -186,7 +180,7 @@ def claims(project: Project, args: argparse.Namespace) -> None:
         write_whole(project.root / CHART, plots.forest(record))
         _draw_published(project)
         write_pages(project, PAGE)
-    print_table(args, record, HEAD, terminal_rows(record))
+    parsers.print_table(args, record, HEAD, terminal_rows(record))
     if not args.json:
         show(f"{summary(record)}: {args.card or PAGE}")
 
@@ -223,7 +217,7 @@ def plan(project: Project, args: argparse.Namespace) -> None:
             for name, one in project.matrix.gate.items()
             for row in plans.gate_plan(name, one, suites, timing, noises)
         ]
-    print_table(args, [dict(zip(head, row, strict=True)) for row in rows], head, rows)
+    parsers.print_table(args, [dict(zip(head, row, strict=True)) for row in rows], head, rows)
 
 
 def serve(project: Project, args: argparse.Namespace) -> None:
@@ -366,7 +360,7 @@ def gate(project: Project, args: argparse.Namespace) -> None:
     rows = (
         [row.gate, f"{100 * row.margin:g} {row.unit}", row.word, row.reason] for row in outcomes
     )
-    print_table(args, document, ["gate", "margin", "verdict", "why"], rows)
+    parsers.print_table(args, document, ["gate", "margin", "verdict", "why"], rows)
     gate.require_pass(outcomes)
 
 
@@ -427,7 +421,7 @@ def crosscheck(_: Project, args: argparse.Namespace) -> None:
     record = exchange.crosscheck(validity.read_valid(args.result), args.others)
     if args.output:
         write_json(args.output, record)
-    print_table(args, record, CHECK_HEAD, check_cells(record))
+    parsers.print_table(args, record, CHECK_HEAD, check_cells(record))
     exchange.require_agreement(record)
 
 

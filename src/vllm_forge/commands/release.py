@@ -7,17 +7,9 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.commands import parsers
 from vllm_forge.commands.build import ENGINES, as_namespace_root
-from vllm_forge.commands.parsers import (
-    JSON,
-    LINE,
-    SKU,
-    Commands,
-    command,
-    group,
-    option,
-    print_json,
-)
+from vllm_forge.commands.parsers import JSON, LINE, SKU, Commands, command, group, option
 from vllm_forge.errors import UsageError
 from vllm_forge.host import RecordingRunner, Runner, console, show
 from vllm_forge.project import Project
@@ -114,7 +106,7 @@ def release(project: Project, args: argparse.Namespace) -> None:
     if args.registry is None:
         findings = gate.findings()
         if args.json:
-            print_json(args, gate.report(findings))
+            parsers.print_json(args, gate.report(findings))
         if policy.statements:
             console.print(
                 f"judged by this checkout only; with --registry HOST/NAME, stage {args.stage} also "
@@ -135,7 +127,9 @@ def release(project: Project, args: argparse.Namespace) -> None:
     if outcome is not None:
         console.print(describe(outcome.report), markup=False)
         tags = list(outcome.names.all)
-        print_json(args, {"image": str(job.reference), "digest": outcome.digest, "tags": tags})
+        parsers.print_json(
+            args, {"image": str(job.reference), "digest": outcome.digest, "tags": tags}
+        )
 
 
 def verify(project: Project, args: argparse.Namespace) -> None:
@@ -157,7 +151,7 @@ def verify(project: Project, args: argparse.Namespace) -> None:
         left = rebuild(project, published, provenance, Runner())
         report.rebuilt, report.not_checked = not left, report.not_checked + left
     if args.json:
-        print_json(args, report.document())
+        parsers.print_json(args, report.document())
     else:
         print(describe(report))
     for error in report.findings[1:]:
@@ -197,7 +191,7 @@ def sbom(project: Project, args: argparse.Namespace) -> None:
     if args.diff:
         print("\n".join(diff(read(args.diff), read(args.target))) or "no differences")
     else:
-        print_json(args, read(args.target))
+        parsers.print_json(args, read(args.target))
 
 
 def mirror(_: Project, args: argparse.Namespace) -> None:

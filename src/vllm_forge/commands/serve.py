@@ -89,12 +89,12 @@ def _options(args: argparse.Namespace) -> "shell.ServeOptions":
     try:
         return ServeOptions.model_validate({**named, "key": key, "gpu_ids": ids, "env": args.env})
     except ValidationError as error:
-        text, first = problems(error)[0], error.errors()[0]
-        if first["loc"]:
-            name, value = str(first["loc"][0]), str(first["input"])
-            expected = ServeOptions.model_fields[name].description
-            value = value.partition("=")[0] if name == "env" else value
-            text = f"{name.replace('_', '-')} {value!r}: expected {expected}"
+        text = problems(error)[0]
+        if place := error.errors()[0]["loc"]:
+            name = str(place[0])
+            text = (
+                f"{name.replace('_', '-')}: expected {ServeOptions.model_fields[name].description}"
+            )
         raise UsageError(f"invalid --{text}", where=args.parser.prog) from None
 
 

@@ -21,13 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vllm_forge.host import errors
 from vllm_forge.host.console import console, printable
-from vllm_forge.host.errors import (
-    CommandFailedError,
-    CommandLimitError,
-    FileAccessError,
-    ToolMissingError,
-)
 from vllm_forge.host.files import MOST_BYTES, exclusive
 
 T = TypeVar("T")
@@ -72,10 +67,10 @@ def _start(
     if program is None:
         what = f"{argv[0]} is not installed"
         remedy = "install it, or let the build do so with --provision"
-        raise ToolMissingError(what, where=shlex.join(argv), remedy=remedy)
+        raise errors.ToolMissingError(what, where=shlex.join(argv), remedy=remedy)
     with _starting:
         if stopping.is_set():
-            raise CommandFailedError(f"{argv[0]} was not started", where="interrupted")
+            raise errors.CommandFailedError(f"{argv[0]} was not started", where="interrupted")
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", death, program, *argv[1:]],
             env={**os.environ, **(env or {})},
@@ -217,7 +212,7 @@ def worker_pool(workers: int | None = None, nice: int = 0) -> Iterator[ProcessPo
     except OSError as error:
         what = f"cannot make semaphores for processes: {error.strerror}"
         remedy = "mount a tmpfs there that can be written"
-        raise FileAccessError(what, where="/dev/shm", remedy=remedy) from None  # noqa: S108 - a name
+        raise errors.FileAccessError(what, where="/dev/shm", remedy=remedy) from None  # noqa: S108 - a name
     with processes as pool:
         try:
             yield pool
@@ -276,12 +271,12 @@ class Runner:
         if limit:
             what = f"{argv[0]} was ended, because it {limit}\n{tail}"
             remedy = "see its output above for what it waits for or repeats, then run this again"
-            raise CommandLimitError(what, where=shlex.join(argv), remedy=remedy)
+            raise errors.CommandLimitError(what, where=shlex.join(argv), remedy=remedy)
         if (code := process.returncode) != 0:
             by = f"exited with {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
             what = f"{argv[0]} {by}\n{tail}"
             remedy = "see its output above; run the command by hand to see all of it"
-            raise CommandFailedError(what, where=shlex.join(argv), remedy=remedy)
+            raise errors.CommandFailedError(what, where=shlex.join(argv), remedy=remedy)
         return stdout
 
     def act(self, what: str, action: Callable[[], T]) -> Callable[[], T]:
