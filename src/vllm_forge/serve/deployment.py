@@ -160,14 +160,11 @@ def find_deployment(
             what = f"preset {preset_name} does not serve artifact {name}. Those that do: "
             what += ", ".join(others) or "none"
         raise UnknownArtifactError(what, remedy=f"{preset_name} serves: {', '.join(served)}")
+    preset_row, row = matrix.preset[preset_name], matrix.artifact[name]
     return Deployment(
-        matrix=matrix,
-        cell=cell,
-        preset_name=preset_name,
-        preset=matrix.preset[preset_name],
-        artifact_name=name,
-        artifact=matrix.artifact[name],
-    )
+        matrix=matrix, cell=cell, preset_name=preset_name, preset=preset_row, artifact_name=name,
+        artifact=row,
+    )  # fmt: skip
 
 
 def recorded_rows(project: Project, line_name: str) -> Rows:

@@ -8,12 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from vllm_forge.kernels.selection.questions import (
-    Answer,
-    artifact_config,
-    grid_question,
-    preset_question,
-)
+from vllm_forge.kernels.selection import questions as asking
+from vllm_forge.kernels.selection.questions import Answer
 from vllm_forge.kernels.selection.record import SelectionRecord, require_fresh
 from vllm_forge.matrix.flags import KV_CACHE, values
 from vllm_forge.project import Project
@@ -357,12 +353,12 @@ def cases(project: Project, recorded: SelectionRecord) -> Iterator[LintCase]:
         for artifact in preset.artifacts:
             yield LintCase(
                 **vars(find_deployment(matrix, cell, name, artifact)),
-                answer=answers[preset_question(name, artifact)],
+                answer=answers[asking.preset_question(name, artifact)],
                 published={
-                    variable: published[grid_question(preset.sku, artifact, variable)]
+                    variable: published[asking.grid_question(preset.sku, artifact, variable)]
                     for variable in matrix.retired
                 },
-                config=artifact_config(artifact),
+                config=asking.artifact_config(artifact),
             )
 
 
