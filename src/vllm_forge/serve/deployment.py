@@ -90,12 +90,10 @@ class Deployment:
         None if nothing says how large the artifact is.
         """
         return memory_of(
-            artifact=self.artifact_name,
-            words=self.arguments,
-            release=self.cell.line.vllm,
+            artifact=self.artifact_name, words=self.arguments, release=self.cell.line.vllm,
             total=self.matrix.memory_of(self.cell.sku_name),
             answer=answer or self.nearest_answer(rows),
-        )
+        )  # fmt: skip
 
     @property
     def drafter(self) -> Drafter | None:

@@ -297,13 +297,9 @@ def memory_of(
         pool = kv_pool(answer.kv_cache, version, spread, in_flight)
     default = 0.92 if engine is None else engine.gpu_memory_utilization  # 0.26.0, config/cache.py
     return Memory(
-        total=total,
-        utilization=flags.share(found, default),
-        weights=weights,
-        max_model_len=length,
-        limit=int(artifact_config(artifact)["max_position_embeddings"]),
-        pool=pool,
-    )
+        total=total, utilization=flags.share(found, default), weights=weights, pool=pool,
+        max_model_len=length, limit=int(artifact_config(artifact)["max_position_embeddings"]),
+    )  # fmt: skip
 
 
 def _gib(size: int) -> str:
