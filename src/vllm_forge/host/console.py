@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-PROGRESS_S = 10.0  # between lines of progress
+# Seconds between lines of progress where no bar can be drawn, as in a log of CI.
+PROGRESS_S = 10.0
+_bar = threading.Lock()  # of the one bar: rich before 14.1 refuses a second
 
 
 class PlainConsole(Console):
@@ -57,25 +60,38 @@ def gigabytes(size: int) -> str:
 
 @contextmanager
 def transfer_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show bytes, speed and remaining time, a line now and then.
+    """Show bytes, speed and remaining time: a bar in a terminal, else, or beside one, lines.
 
     ``total`` is 0 where it is unknown. Yields a function to call, from any thread, with the bytes
     since its last call; bytes that must be transferred again are negative.
     """
-    start = shown = time.monotonic()
-    done, lock = 0, threading.Lock()
+    if console.is_terminal and _bar.acquire(blocking=False):
+        columns = (
+            progress.TextColumn("{task.description}"), progress.BarColumn(),
+            progress.DownloadColumn(), progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+        )  # fmt: skip
+        try:
+            with progress.Progress(*columns, console=console) as bar:
+                task = bar.add_task(what, total=total or None)
+                yield lambda size: bar.advance(task, size)
+        finally:
+            _bar.release()
+    else:
+        start = shown = time.monotonic()
+        done, lock = 0, threading.Lock()
 
-    def advance(size: int) -> None:
-        nonlocal done, shown
-        with lock:
-            done += size
-            now = time.monotonic()
-            if now - shown < PROGRESS_S:
-                return
-            shown = now
-        console.print(progress_line(what, done, total, now - start), style="dim", markup=False)
+        def advance(size: int) -> None:
+            nonlocal done, shown
+            with lock:
+                done += size
+                now = time.monotonic()
+                if now - shown < PROGRESS_S:
+                    return
+                shown = now
+            console.print(progress_line(what, done, total, now - start), style="dim", markup=False)
 
-    yield advance
+        yield advance
 
 
 def progress_line(what: str, done: int, total: int, seconds: float) -> str:

@@ -55,3 +55,17 @@ def test_log_gets_a_line_now_and_then(
         "  download: 2.0 of 4.0 GB",
         "  download: 4.0 of 4.0 GB",
     ]
+
+
+def test_second_transfer_at_a_time_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(module, "console", PlainConsole(force_terminal=True, file=out))
+    monkeypatch.setattr(module, "PROGRESS_S", 0.0)
+    with transfer_progress("wheels", 10) as wheels:
+        with transfer_progress("packages", 10) as packages:
+            packages(5)
+        wheels(5)
+    with transfer_progress("packages", 10) as packages:  # the bar is free again
+        packages(5)
+    shown = out.getvalue()
+    assert shown.count("packages: 0.0 of 0.0 GB") == 1
