@@ -239,7 +239,8 @@ def _derived(row: claims.Derived, *_: object) -> Verdict:
         detail += "say rounded = true, or false"
     elif row.starts is not None and row.starts < STARTS:
         word, method = Word.UNDECIDED, "arithmetic, starts"
-        detail += f"; {row.starts} start of each server, so restart noise is unknown"
+        plural = "" if row.starts == 1 else "s"
+        detail += f"; {row.starts} start{plural} of each server, so restart noise is unknown"
     return Verdict(word, method, n, detail)
 
 

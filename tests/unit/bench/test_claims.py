@@ -226,6 +226,13 @@ def test_unsound_figure_is_contradicted(claim: dict[str, Any]) -> None:
     assert word(claim) is Word.CONTRADICTED
 
 
+@pytest.mark.parametrize(("starts", "words"), [(1, "; 1 start of each"), (3, "; 3 starts of each")])
+def test_few_starts_are_counted(starts: int, words: str) -> None:
+    row = derived("2.0", "ratio", "2", "1", starts=starts)
+    (verdict,) = verdicts(parse_claims(rows(row)), {})
+    assert words in verdict.detail
+
+
 def test_a_difference_of_incomparable_arms_does_not_hold() -> None:
     claim = comparison(950, 900, 1000, "higher")
     claim["second"]["arm"] = "c"
