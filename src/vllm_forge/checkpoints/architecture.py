@@ -17,15 +17,7 @@ from itertools import chain
 from typing import Annotated, Any, Self
 
 from packaging.version import Version
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.tensors import TensorSpec
@@ -41,7 +33,7 @@ MOST_EXPERTS = 1 << 18  # of all layers
 MOST_GROUPS = 256
 MOST_CHARACTERS = 200  # of what messages show whole
 SHOWN = 5  # problems
-LINEAR_CLASS, PATTERN = "Linear", "re:"
+PATTERN = "re:"
 # From here on the model says which projections are fused (nvidia/model.py packed_modules_mapping),
 # so a rule that names the parts is taken for the whole.
 FUSION_KNOWN = Version("0.29.0")
@@ -66,11 +58,6 @@ def _scalar(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value  # as compressed-tensors reads it
 
 
-def _blocks(value: Any) -> Any:
-    """Older writers' "128x128" as [128, 128]."""
-    return [int(side) for side in value.split("x")] if isinstance(value, str) else value
-
-
 Size = Annotated[int, Field(ge=1, le=MOST)]
 Text = Annotated[str, AfterValidator(_one_line)]
 Name = Annotated[str, Field(max_length=MOST_CHARACTERS)]
@@ -83,7 +70,7 @@ class Rules:
     def __init__(self, rules: Iterable[str]) -> None:
         self.literal = set[str]()  # names, or the class of a module
         self.malformed = list[str]()  # not regular expressions; they match nothing
-        self._patterns: list[re.Pattern[str]] = []
+        self._patterns = list[re.Pattern[str]]()
         for rule in dict.fromkeys(rules):
             if not rule.startswith(PATTERN):
                 self.literal.add(rule)
@@ -138,7 +125,7 @@ class Scheme(BaseModel):
     symmetric: Scalar = True
     strategy: Scalar = None
     group_size: Scalar = None
-    block_structure: Annotated[list[int] | None, BeforeValidator(_blocks)] = None
+    block_structure: list[int] | None = None
     actorder: Scalar = None
     dynamic: Scalar = False
     scale_dtype: Any = None
@@ -146,11 +133,23 @@ class Scheme(BaseModel):
     observer: Any = None
     observer_kwargs: Any = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _split_blocks(cls, row: Any) -> Any:
+        """Older writers' "128x128" as [128, 128]."""
+        if isinstance(row, dict) and isinstance(blocks := row.get("block_structure"), str):
+            return {**row, "block_structure": [int(side) for side in blocks.split("x")]}
+        return row
+
     @model_validator(mode="after")
     def _infer_strategy(self) -> Self:
         if self.strategy is None:
             self.strategy = {None: "tensor", -1: "channel"}.get(self.group_size, "group")
         return self
+
+    def has(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether it says so, and has no zero points, which no format has."""
+        return self.symmetric is True and all(getattr(self, k) == v for k, v in arguments.items())
 
 
 class Group(_Keys):
@@ -166,30 +165,27 @@ class Group(_Keys):
         return Rules(self.targets)
 
 
-def _of_modules(groups: Any) -> Any:
-    """Without groups that mean an attention's class, for its cache: vLLM leaves them out."""
-
-    def is_kept(group: Any) -> bool:
-        match group:
-            case {"targets": [str(only)]}:
-                return not only.endswith("Attention")
-        return True
-
-    is_dict = isinstance(groups, dict)
-    return {name: g for name, g in groups.items() if is_kept(g)} if is_dict else groups
-
-
 class Quantization(_Keys):
     quant_method: Name | None = None
     format: Name | None = None
     moe_quant_algo: Name | None = None
     scale_fmt: Scalar = None
     ignore: list[Text] | None = None
-    config_groups: Annotated[
-        dict[Text, Group] | None,
-        BeforeValidator(_of_modules),
-        Field(max_length=MOST_GROUPS),
-    ] = None
+    config_groups: dict[Text, Group] | None = Field(default=None, max_length=MOST_GROUPS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_attention(cls, row: Any) -> Any:
+        """Leave out groups that mean an attention's class, for its cache, as vLLM does."""
+        groups = row.get("config_groups") if isinstance(row, dict) else None
+        if not isinstance(groups, dict):
+            return row
+        kept = dict(groups)
+        for name, group in groups.items():
+            match group:
+                case {"targets": [str(only)]} if only.endswith("Attention"):
+                    del kept[name]
+        return {**row, "config_groups": kept}
 
 
 class Config(_Keys):

@@ -65,17 +65,6 @@ class CheckpointSource(ABC):
     def read(self, name: str, begin: int, end: int) -> bytearray:
         """Bytes ``begin`` to ``end`` of a file; exactly as many, or an error."""
 
-    def text(self, name: str) -> str | None:
-        if name not in self.sizes:
-            return None
-        most = MAX_CONFIG if name in (CONFIG, QUANTIZATION_FILE) else MAX_TEXT
-        if self.sizes[name] > most:
-            raise self.error(f"{name} has {self.sizes[name]} bytes, more than {most}")
-        try:
-            return self.read(name, 0, self.sizes[name]).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise self.error(f"{name} is not UTF-8: {error}") from None
-
     def malformed(self, name: str, problem: str) -> CheckpointUnreadableError:
         """The error of a file that is not what its name says."""
         if self.read(name, 0, min(self.sizes[name], len(LFS))) == LFS:
@@ -85,10 +74,13 @@ class CheckpointSource(ABC):
 
     def json(self, name: str, *, any_value: bool = False) -> Any:
         """A JSON object, or any value; None if there is no such file."""
-        if (text := self.text(name)) is None:
+        if (size := self.sizes.get(name)) is None:
             return None
+        most = MAX_CONFIG if name in (CONFIG, QUANTIZATION_FILE) else MAX_TEXT
+        if size > most:
+            raise self.error(f"{name} has {size} bytes, more than {most}")
         try:
-            value = parse_json(text)
+            value = parse_json(bytes(self.read(name, 0, size)))
         except ValueError as error:
             raise self.malformed(name, f"JSON: {error}") from None
         if not isinstance(value, dict) and not any_value:

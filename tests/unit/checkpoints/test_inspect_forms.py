@@ -197,6 +197,12 @@ def _nvfp4_wo_a(case: Case) -> None:
         case.rows[f"{name}.input_global_scale"] = ("F32", ())
 
 
+def _signed_modelopt(case: Case) -> None:
+    case.dtype(".weight_scale_2", "BF16")
+    case.dtype(".input_scale", "BF16")
+    case.dtype("layers.0.ffn.experts.0.w1.weight", "I8")
+
+
 def _plain_wo_b(case: Case) -> None:
     name = "layers.0.attn.wo_b"
     case.rows[f"{name}.weight"] = ("BF16", case.rows[f"{name}.weight"][1])
@@ -213,6 +219,13 @@ FORMS: dict[str, tuple[str, Callable[[Case], Any], tuple[str, str, str], str]] =
     "config by transformers": ("card", _by_transformers, (NOT, NOT, MTP), "layer_types alone"),
     "no architecture": (
         "card", lambda case: case.config.pop("architectures"), (NOT, NOT, MTP), "architecture",
+    ),
+    "no keys with a default": (
+        "card", lambda case: [case.config.pop(key) for key in ("swiglu_limit", "topk_method")],
+        (NOT, NOT, MTP), "swiglu_limit, topk_method",
+    ),
+    "ModelOpt with scales in BF16 and signed weights": (
+        "nvidia-modelopt", _signed_modelopt, (WITHOUT, WITHOUT, MTP), "that vLLM converts",
     ),
     "another architecture": (
         "card", lambda case: case.config.update(architectures=["X"]), (NOT, NOT, NOT), "another",

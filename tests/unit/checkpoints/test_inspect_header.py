@@ -154,7 +154,7 @@ class TestLook:
             ({"config__json": b"{}"}, "no model.safetensors.index.json and no"),
             ({"config__json": b"{"}, "config.json is not JSON"),
             ({"config__json": b"[]"}, "not a JSON object"),
-            ({"config__json": b"\xff"}, "not UTF-8"),
+            ({"config__json": b"\xff"}, "not JSON: .utf-8"),
         ],
     )
     def test_says_what_is_wrong(self, tmp_path: Path, files: dict[str, bytes], words: str) -> None:

@@ -133,7 +133,7 @@ GROUP = "quantization_config.config_groups.group_0"
 # What was done -> how; exit code; a word of the reason.
 TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
     "no config": (lambda files: files.pop(CONFIG), UNREADABLE, "missing config.json"),
-    "config is not UTF-8": (_raw(CONFIG, b"\xff\xfe{}"), UNREADABLE, "UTF-8"),
+    "config is not UTF-8": (_raw(CONFIG, b"\xff\xfe{}"), UNREADABLE, "utf-8"),
     "config is empty": (_raw(CONFIG, b""), UNREADABLE, "not JSON"),
     "config is a list": (_raw(CONFIG, b"[]"), UNREADABLE, "not a JSON object"),
     "config is deep": (_raw(CONFIG, DEEP), UNREADABLE, "nested"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,15 @@ def test_a_sound_artifact_is_within_its_bounds(made: Callable[..., Path], source
     attention = told[Part.ATTENTION, False, Format.FP8_BLOCK]
     assert attention.weights == 2 * 5
     assert sum(row.weights for row in rows if row.draft) == 3 * 2 + 29 + 2  # experts, rest, aliases
+
+
+def test_codes_of_a_dtype_that_vllm_converts_are_compared(
+    made: Callable[..., Path], source: Path
+) -> None:
+    def signed(item: TensorToWrite) -> TensorToWrite:
+        return replace(item, dtype="I8") if item.name.endswith("weight_packed") else item
+
+    assert compare(profile_of(made(signed)), profile_of(source), most=2)[1] == []
 
 
 def test_a_sample_is_spread(made: Callable[..., Path], source: Path) -> None:

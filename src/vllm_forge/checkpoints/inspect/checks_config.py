@@ -10,14 +10,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from vllm_forge.checkpoints.architecture import (
-    FUSION_KNOWN,
-    LINEAR_CLASS,
-    Group,
-    Rules,
-    Scheme,
-    compiled,
-)
+from vllm_forge.checkpoints.architecture import FUSION_KNOWN, Group, Rules, compiled
 from vllm_forge.checkpoints.inspect import matching
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, finding, scoped, summarize
 from vllm_forge.checkpoints.inspect.matching import PROBES_CHANGED
@@ -29,6 +22,12 @@ Faults = Callable[[Version], Iterator[tuple[str, str]]]
 HALF = ("float16", "half")
 ARCHITECTURES = ["DeepseekV4ForCausalLM"]
 SHOWN = 80  # characters of what is there instead
+# Beside the keys of architecture.Config: without one, 0.26.0 ends in an AttributeError or KeyError.
+WITHOUT_DEFAULT = (
+    "compress_rope_theta", "hc_eps", "hc_sinkhorn_iters", "hidden_act", "index_topk",
+    "norm_topk_prob", "qk_rope_head_dim", "rms_norm_eps", "sliding_window", "swiglu_limit",
+    "topk_method",
+)  # fmt: skip
 COMPRESSED = "compressed-tensors"
 NATIVE = {"fp8", "deepseek_v4_fp8"}
 BLOCK = 128
@@ -87,6 +86,8 @@ def form(profile: Profile) -> Iterator[Finding]:
         yield finding("half", dtype)
     if "compress_ratios" not in profile.served:
         yield finding("layer-types")
+    if lacking := [key for key in WITHOUT_DEFAULT if key not in profile.served]:
+        yield finding("missing-keys", ", ".join(lacking))
 
 
 def method(profile: Profile) -> Iterator[Finding]:
@@ -115,11 +116,9 @@ def method(profile: Profile) -> Iterator[Finding]:
 def native(profile: Profile) -> Iterator[Finding]:
     """DeepSeek's own config means FP8 blocks for every linear layer that is not a router's.
 
-    And one format for the experts of all layers. ``moe_quant_algo`` NVFP4 means every layer's, the
-    draft's too, until vLLM reads in ``ignore`` which are left in MXFP4
-    (models/deepseek_v41/quant_config.py `_is_nvfp4_expert_layer`: in 0.33.0, not in 0.26.0; the
-    releases between were not looked at). MXFP4 fits into half of NVFP4's parameters, so vLLM says
-    nothing (docs/generated/verdicts.md, nvidia-modelopt).
+    And one format for all experts, the draft's too, until vLLM reads in ``ignore`` which are left
+    in MXFP4 (0.33.0, models/deepseek_v41/quant_config.py `_is_nvfp4_expert_layer`), which fits into
+    half of NVFP4's parameters, so that 0.26.0 says nothing.
     """
     if profile.quantization.get("quant_method") not in NATIVE:
         return
@@ -203,10 +202,8 @@ def _native_scales(profile: Profile) -> Iterator[Finding]:
 def activations(profile: Profile) -> Iterator[Finding]:
     """No FP8 block group for weights alone, and what comes of the modules in it.
 
-    Their kernel is none of those for block FP8 but one that dequantizes. 0.22.1 has Marlin alone
-    for that, which refuses compute capability 8.9 and above (kernels/linear/__init__.py:321,
-    scaled_mm/marlin.py:46); 0.26.0 and 0.33.0 have Humming too (:379, :522), and the releases
-    between were not looked at.
+    0.22.1 has Marlin alone for them, which refuses compute capability 8.9 and above
+    (kernels/linear/__init__.py:321, scaled_mm/marlin.py:46); 0.26.0 has Humming too (:379).
     """
     for name, group in profile.groups.items():
         if _weights_only(group):
@@ -217,21 +214,18 @@ def activations(profile: Profile) -> Iterator[Finding]:
 
 def is_of(group: Group, kind: Format) -> bool:
     """Whether a group says of its weights what a format needs."""
-    return _states(group.weights, kind) and not group.weights.dynamic
-
-
-def _states(scheme: Scheme, kind: Format) -> bool:
-    wanted = ARGUMENTS[kind] | {"symmetric": True}  # none has zero points
-    return all(getattr(scheme, key) == value for key, value in wanted.items())
+    return group.weights.has(ARGUMENTS[kind]) and not group.weights.dynamic
 
 
 def _fits(group: Group, kind: Format) -> bool:
     """Whether vLLM takes a group for weights that are stored so."""
     inputs = group.input_activations
-    taken = inputs is None or (kind is Format.NVFP4 and _states(inputs, kind))
-    if kind is Format.FP8_BLOCK and inputs is not None:
-        taken = bool(inputs.dynamic)  # static scales of inputs are not stored beside blocks
-    return taken and is_of(group, kind) and group.format in WRITTEN.get(kind, (group.format,))
+    if inputs is not None and not {
+        Format.FP8_BLOCK: bool(inputs.dynamic),  # static scales are not stored beside blocks
+        Format.NVFP4: inputs.has(ARGUMENTS[Format.NVFP4]),
+    }.get(kind, False):
+        return False
+    return is_of(group, kind) and group.format in WRITTEN.get(kind, (group.format,))
 
 
 def _weights_only(group: Group) -> bool:
@@ -239,14 +233,10 @@ def _weights_only(group: Group) -> bool:
 
 
 def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
-    """A wo_a in such a group. Its kernel repacks the weight, and no kernel multiplies it.
+    """A wo_a in such a group, or in 4 bits: the output projection cannot multiply its words.
 
-    The output projection never calls the layer: it takes ``wo_a.weight`` out of it, on every GPU
-    (models/deepseek_v4/attention.py:329 in 0.22.1, nvidia/ops/o_proj.py:63 in 0.26.0 and :61 in
-    0.33.0; FlashMLA's and FlashInfer's attention all end there). Humming and Marlin have left int32
-    words of two dimensions in it, where DeepGEMM's fp8_einsum wants FP8 codes of three. Since
-    0.30.0 what is not FP8 is taken for BF16 there, so torch.bmm gets them instead.
-    tests/patches/test_repacked_wo_a.py has this of each line.
+    It never calls the layer, but takes the weight out of it; docs/develop/checkpoints.md says where
+    in each release, and tests/patches/test_repacked_wo_a.py has it of each line.
     """
     if profile.malformed is not None:
         return  # `rules` reports it
@@ -306,7 +296,7 @@ def rules(profile: Profile) -> Iterator[Finding]:
     known = matching.asked_names(profile.model, profile.blocks)
     stored = (*profile.modules, *(f"model.{module}" for module in profile.modules))
     # In this order: patterns that match a known name were not tried on the others, see matching.
-    names = dict.fromkeys((*known, *stored, LINEAR_CLASS))
+    names = dict.fromkeys((*known, *stored, "Linear"))
     for name, group in profile.groups.items():
         literal = group.rules.literal
         idle = [

@@ -185,7 +185,7 @@ def shapes(profile: Profile) -> Iterator[Finding]:
         kind = profile.formats.get(tensor.name.removesuffix(".weight"), Format.UNKNOWN)
         if kind not in (Format.UNKNOWN, Format.PLAIN):
             for required in stored_as(tensor, kind, group):
-                fault, name = _fault(profile, required)
+                fault, name = stored_fault(profile, required)
                 faults[fault].append(name)
     yield from _surplus(profile)
     yield from scoped("scale-inv", faults["scale-inv"])
@@ -202,7 +202,7 @@ def shapes(profile: Profile) -> Iterator[Finding]:
         yield finding("wo_a-scale")
 
 
-def _fault(profile: Profile, required: RequiredTensor) -> tuple[str, str]:
+def stored_fault(profile: Profile, required: RequiredTensor) -> tuple[str, str]:
     """The row of checks.toml for a tensor that must be stored, "" for none, and its name."""
     name, stored = required.name, profile.tensors.get(required.name)
     if stored is None:
@@ -210,12 +210,11 @@ def _fault(profile: Profile, required: RequiredTensor) -> tuple[str, str]:
         if inverse != name and inverse in profile.tensors:
             return "scale-inv", inverse
         return "" if required.optional else "missing-scales", name
-    if required.shape == () and stored.shape == (1,):
-        return "global-scale-shape", name
-    if stored.shape != required.shape:
+    as_list = required.shape == () and stored.shape == (1,)
+    if not as_list and stored.shape != required.shape:
         return "wrong-scales", name
     if stored.dtype in required.dtypes:
-        return "", name
+        return "global-scale-shape" if as_list else "", name
     return "converted" if stored.dtype in required.converted else "wrong-scales", name
 
 

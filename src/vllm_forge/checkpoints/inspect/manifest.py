@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from vllm_forge.checkpoints.architecture import main_tensors
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.fixtures.sparse import MARK
 from vllm_forge.checkpoints.inspect.checks_config import ARGUMENTS, is_of
 from vllm_forge.checkpoints.inspect.findings import NUMBER, Finding, finding, scoped, summarize
@@ -32,7 +33,7 @@ from vllm_forge.checkpoints.inspect.profile import (
 )
 from vllm_forge.checkpoints.tensors import TensorSpec
 from vllm_forge.errors import UsageError
-from vllm_forge.host import parse_json, suggestion
+from vllm_forge.host import suggestion
 from vllm_forge.matrix import Artifact, FrozenModel
 
 FOLDER = Path(__file__).with_name("manifests")
@@ -197,23 +198,22 @@ def _differences(manifest: Manifest, profile: Profile) -> list[str]:
 
 def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Finding]:
     """What changed since the tensors were written; with ``digests`` by their SHA-256 too."""
-    text = profile.source.text(RECORD)
-    if text is None or not profile.tensors:
+    if RECORD not in profile.source.sizes or not profile.tensors:
         if digests:
             what = f"--digests needs {RECORD}, which the checkpoint does not have"
             remedy = "leave it out, or compare with the model: --source PLACE --values 0"
             raise UsageError(what, where=profile.source, remedy=remedy)
         return
     try:
-        record = parse_json(text)
+        record = profile.source.json(RECORD)
         rows: dict[str, Any] = record["tensors"]
         marks = (record.get(MARK), profile.config.get(MARK))
         recorded = {
             name: (row["dtype"], tuple(row["shape"]), row["file"], str(row["sha256"]))
             for name, row in rows.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
+    except (CheckpointUnreadableError, KeyError, TypeError, AttributeError) as error:
+        what = getattr(error, "what", f"{type(error).__name__}: {error}")
         yield finding("record", what, title=f"{RECORD} cannot be read")
         return
     if marks[0] != marks[1]:

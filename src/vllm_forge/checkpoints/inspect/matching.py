@@ -19,15 +19,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from vllm_forge.checkpoints.architecture import (
-    FUSED,
-    LINEAR_CLASS,
-    PATTERN,
-    SPARSE,
-    Group,
-    Rules,
-    compiled,
-)
+from vllm_forge.checkpoints.architecture import FUSED, PATTERN, SPARSE, Group, Rules, compiled
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 
 # get_moe_method probes three names of expert 0 below the experts' own name.
@@ -51,7 +43,7 @@ def resolve(
     if ignore.means(name, version):
         return None
     named = (group for group in groups.values() if group.rules.means(name, version))
-    classes = (group for group in groups.values() if LINEAR_CLASS in group.rules.literal)
+    classes = (group for group in groups.values() if "Linear" in group.rules.literal)
     return next(chain(named, classes), None)
 
 

@@ -139,10 +139,10 @@ PIECES: dict[Format, tuple[Piece, ...]] = {
         Piece("input_global_scale", ("F32",), fixed=(), optional=True, converted=HALF),
     ),
     Format.MODELOPT_NVFP4: (
-        Piece("weight", ("U8",), (1, 2)),
+        Piece("weight", ("U8",), (1, 2), converted=("I8",)),
         Piece("weight_scale", ("F8_E4M3",), (1, 16)),
-        Piece("weight_scale_2", ("F32",), fixed=()),
-        Piece("input_scale", ("F32",), fixed=()),
+        Piece("weight_scale_2", ("F32",), fixed=(), converted=HALF),
+        Piece("input_scale", ("F32",), fixed=(), converted=HALF),
     ),
     Format.W4A16: (
         Piece("weight_packed", ("I32",), (1, 8)),

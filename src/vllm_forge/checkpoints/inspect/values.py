@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vllm_forge.checkpoints.codecs import fp8_block, grouped, nvfp4
 from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
+from vllm_forge.checkpoints.inspect.checks_tensors import MATRIX, stored_fault
 from vllm_forge.checkpoints.inspect.findings import Finding, Scope, finding, summarize
 from vllm_forge.checkpoints.inspect.profile import (
     ALIASES,
@@ -31,7 +32,6 @@ from vllm_forge.checkpoints.inspect.profile import (
 )
 from vllm_forge.matrix import FrozenModel
 
-MATRIX = 2  # dimensions
 FLOATS = {"BF16", "F16", "F32"}
 NUMPY = {
     "F32": "<f4", "F16": "<f2", "I32": "<i4", "U8": "u1", "I8": "i1", "F8_E4M3": "u1",
@@ -141,14 +141,8 @@ def _whole(made: Profile, source: Profile, module: str, kind: Format) -> bool:
     groups = [columns for rows, columns in (piece.block for piece in PIECES[kind]) if rows == 1]
     if 0 in weight.shape or weight.shape[1] % max(groups):
         return False
-    for required in stored_as(weight, kind):
-        tensor = made.tensors.get(required.name)
-        if tensor is None and required.optional:
-            continue
-        shape = required.shape or (1,)
-        if tensor is None or tensor.dtype not in required.dtypes or (tensor.shape or (1,)) != shape:
-            return False
-    return True
+    faults = {stored_fault(made, required)[0] for required in stored_as(weight, kind)}
+    return faults <= {"", "global-scale-shape", "converted"}  # that vLLM takes
 
 
 def _decode(
@@ -182,7 +176,7 @@ def _decode(
             return int4.values(), grouped.int4_bound(source)
     native = kind is Format.FP8_NATIVE
     scales = read("scale" if native else "weight_scale")
-    if native and scales.itemsize == 1:
+    if scales.itemsize == 1:
         scales = e8m0_decode(scales.view(np.uint8))
     fp8 = fp8_block.Fp8Block(codes=codes("weight"), scales=scales.astype(np.float32))
     # Native scales are powers of two, rounded up; or FP32, which lie below those.
