@@ -48,16 +48,14 @@ def register(choices: Commands) -> None:
 
 def check(project: Project, args: argparse.Namespace) -> None:
     """Apply every series: no fuzz, no offset, locked trees."""
-    repo = SourceRepo()
     for name in project.lines(args.line):
-        _print_series(project, name, check_line(project, name, repo))
+        _print_series(project, name, check_line(project, name, SourceRepo()))
 
 
 def lock(project: Project, args: argparse.Namespace) -> None:
     """Apply every series, write its lock.toml."""
-    repo = SourceRepo()
     for name in project.lines(args.line):
-        _print_series(project, name, update_line(project, name, repo))
+        _print_series(project, name, update_line(project, name, SourceRepo()))
 
 
 def _print_series(project: Project, name: str, applied: Applied | None = None) -> None:
@@ -108,32 +106,26 @@ def drift(project: Project, args: argparse.Namespace) -> None:
 
 def install(project: Project, args: argparse.Namespace) -> None:
     """Patch the vLLM of an environment."""
-    row = project.line(args.line)
+    name, line = project.line(args.line)
     python = find_python(args.python)
     environment = hash_of(str(python.parent.parent.resolve()))[:16]
     with exclusive(f"install-{environment}", wait=True):
-        _install(project, args, python, *row)
-
-
-def _install(
-    project: Project, args: argparse.Namespace, python: Path, name: str, line: Line
-) -> None:
-    target = probe(python)
-    if target.site is None and args.revert:
-        remedy = "name the interpreter that has it with --python"
-        raise InstalledStateError("no vLLM is installed there", where=python, remedy=remedy)
-    repo = SourceRepo()
-    applied = check_line(project, name, repo)
-    if target.site is None:
-        _install_release(project.root / line.lock, line, target.python_version, python)
         target = probe(python)
-    installer = Installer(target, repo, applied, line.vllm)
-    if args.revert:
-        installer.revert()
-        show(f"vLLM {installer.release} as published: {installer.site}")
-    else:
-        installer.patch()
-        show(f"vLLM {installer.version}: {installer.site}")
+        if target.site is None and args.revert:
+            remedy = "name the interpreter that has it with --python"
+            raise InstalledStateError("no vLLM is installed there", where=python, remedy=remedy)
+        repo = SourceRepo()
+        applied = check_line(project, name, repo)
+        if target.site is None:
+            _install_release(project.root / line.lock, line, target.python_version, python)
+            target = probe(python)
+        installer = Installer(target, repo, applied, line.vllm)
+        if args.revert:
+            installer.revert()
+            show(f"vLLM {installer.release} as published: {installer.site}")
+        else:
+            installer.patch()
+            show(f"vLLM {installer.version}: {installer.site}")
 
 
 def _install_release(lock_path: Path, line: Line, python_version: str, python: Path) -> None:
@@ -171,12 +163,8 @@ def select(project: Project, args: argparse.Namespace) -> None:
             show(selections.write_selection(project.records, selection))
             registry.write_pages(project, "docs/generated/selection.md")
             continue
-        recorded = selections.require_fresh(project, name)
-        answers = [answer for _, answer in (*selection.rows, *selection.probes)]
-        published = [answer for _, answer in selection.published]
-        selections.require_same(recorded, answers)
-        selections.require_same(recorded, published, published=True)
-        print(f"line {name}: {len(answers) + len(published)} answers as recorded")
+        selections.require_same(selections.require_fresh(project, name), selection)
+        print(f"line {name}: {len(selection.answers)} answers as recorded, and as published")
 
 
 def coverage(project: Project, args: argparse.Namespace) -> None:

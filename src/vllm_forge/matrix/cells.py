@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from vllm_forge.errors import problems, suggestion
-from vllm_forge.host import read_plain
+from vllm_forge.host import read_data
 from vllm_forge.matrix import errors
 from vllm_forge.matrix.flags import parallel, values
 from vllm_forge.matrix.model import Base, FrozenModel, LayerRule, Line, Matrix, Sku
@@ -140,16 +139,8 @@ def find_root() -> Path:
 def load(root: Path) -> Matrix:
     """Parse ``root/matrix.toml``; one error has all that is wrong."""
     path = root / "matrix.toml"
-    try:
-        data = tomllib.loads(read_plain(path).decode())
-    except FileNotFoundError:
-        raise errors.MatrixFileError("matrix.toml does not exist", where=path) from None
-    except ValueError as error:
-        raise errors.MatrixFileError(
-            f"cannot read it as TOML in UTF-8: {error}",
-            where=path,
-            remedy="correct the line that it names",
-        ) from None
+    remedy = "correct the line that it names; it is TOML in UTF-8"
+    data = read_data(path, dict, errors.MatrixFileError, what="matrix.toml", remedy=remedy)
     try:
         matrix = Matrix.model_validate(data)
     except ValidationError as error:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from vllm_forge.matrix.flags import METHOD, OURS, SPECULATION, TOKENS, values
+from vllm_forge.matrix.flags import OURS, values
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)+$")]
@@ -65,12 +65,10 @@ class Sku(FrozenModel):
 
     @model_validator(mode="after")
     def _is_one_gpu(self) -> Self:
-        digits = self.arch.removeprefix("sm_").rstrip("af")
-        asked = self.env.get("TORCH_CUDA_ARCH_LIST", self.compute_capability)
-        if f"{digits[:-1]}.{digits[-1]}" != self.compute_capability or (
-            self.compute_capability not in asked
-        ):
-            named = f"{self.arch}, {self.compute_capability}, {asked}"
+        of_arch = re.sub(r"^sm_(\d*)(\d)[af]?$", r"\1.\2", self.arch)
+        compiled = self.env.get("TORCH_CUDA_ARCH_LIST", of_arch)
+        if of_arch != self.compute_capability or of_arch not in compiled:
+            named = f"{self.arch}, {self.compute_capability}, {compiled}"
             raise ValueError(f"arch, compute_capability and TORCH_CUDA_ARCH_LIST differ: {named}")
         return self
 
@@ -278,8 +276,7 @@ class Preset(FrozenModel):
 
     @model_validator(mode="after")
     def _says_nothing_twice(self) -> Self:
-        keys = {"--tensor-parallel-size", SPECULATION, METHOD, TOKENS}
-        if taken := sorted(values(self.flags).keys() & {*keys, *OURS}):
+        if taken := sorted(values(self.flags).keys() & {"--tensor-parallel-size", *OURS}):
             raise ValueError(f"flags: {', '.join(taken)}: set by the row's keys, or by serve")
         return self
 

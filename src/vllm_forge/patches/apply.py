@@ -38,10 +38,9 @@ MOVED = re.compile(r"^Hunk #(\d+) succeeded at (\d+) \(offset (-?\d+) lines?\)",
 FAILED = re.compile(r"^error: patch failed: (?P<file>.+):(?P<line>\d+)$", re.M)
 ABSENT = re.compile(r"^error: (?P<file>.+): (?:does not exist in index|No such file)", re.M)
 CORRUPT = re.compile(
-    r"^error: (?:corrupt patch|patch fragment without header|invalid path"  # e.g. ../x
-    r"|'.+' appears as both a file and as a directory)", re.M,
+    r"^error: (?:corrupt patch|patch fragment without header|No valid patches|unrecognized input"
+    r"|invalid path|'.+' appears as both a file and as a directory)", re.M,  # e.g. ../x
 )  # fmt: skip
-EMPTY = re.compile(r"^error: (?:No valid patches in input|unrecognized input)", re.M)
 UNREADABLE = re.compile(r"^error: failed to read ", re.M)  # a blob; the exit code is 1
 CANONICAL = (
     "-c", "core.quotePath=true",
@@ -182,7 +181,7 @@ class TreeIndex:
         )  # fmt: skip
         stderr = done.stderr.decode(errors="replace")
         if UNREADABLE.search(stderr) or (
-            done.returncode not in {0, 1} and not (CORRUPT.search(stderr) or EMPTY.search(stderr))
+            done.returncode not in {0, 1} and not CORRUPT.search(stderr)
         ):
             raise self.repo.failed("apply", done)
         return done.returncode == 0, stderr
@@ -274,8 +273,6 @@ def _refusal(
         what = f"git cannot read the patch: {first}"
         remedy = "name files of the source tree, and export the change again with git"
         return errors.CorruptPatchError(what, where=where, remedy=remedy)
-    if EMPTY.search(stderr):
-        return errors.EmptyPatchError("git finds no hunk in the patch", where=where)
     if index.reverses(patch):
         with tree_index(repo, base) as pristine:
             if pristine.reverses(patch):

@@ -46,7 +46,8 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
     """Parse ``folder/series`` and its patches; SeriesFileError or AppliedTwiceError."""
     path = folder / "series"
     if not path.is_file():
-        raise errors.SeriesFileError("no series file", where=path)
+        remedy = "list the names of the line's patches there, in order, if there are any"
+        raise errors.SeriesFileError("no series file", where=path, remedy=remedy)
     rows = path.read_text(encoding="utf-8", errors="replace").splitlines()
     names = [row.strip() for row in rows if row.strip() and not row.startswith("#")]
     for name in names:

@@ -167,12 +167,9 @@ def build_wheel(
             raise errors.WheelSourceError(what, where=published, remedy=remedy)
         replaced = {file.path: read_blob(repo, file.after) for file in changed}
         replaced[GENERATED] = stamp_version(source.read(GENERATED), release, version, published)
-        replaced[f"{old_info}/METADATA"] = replace_once(
-            source.read(f"{old_info}/METADATA"),
-            f"\nVersion: {release}\n",
-            f"\nVersion: {version}\n",
-            published,
-        )
+        metadata = f"{old_info}/METADATA"
+        old, new = (f"\nVersion: {number}\n" for number in (release, version))
+        replaced[metadata] = replace_once(source.read(metadata), old, new, published)
         replaced[record] = rename_record(source.read(record), replaced, old_info, new_info)
         with atomic_path(target) as aside, zipfile.ZipFile(aside, "w") as out:
             for member in source.infolist():

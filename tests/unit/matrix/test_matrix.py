@@ -293,9 +293,9 @@ def test_all_faults_are_in_one_message(data: Data, loads: Callable[[Data], Matri
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"schema_version = \n", "as TOML"),
-        (b"a = 1\na = 2\n", "as TOML"),
-        (b'device = "caf\xe9"\n', "as TOML in UTF-8.*0xe9"),
+        (b"schema_version = \n", "invalid matrix.toml: .* line 1"),
+        (b"a = 1\na = 2\n", "line 2"),
+        (b'device = "caf\xe9"\n', "(?s)0xe9.*TOML in UTF-8"),
     ],
 )
 def test_not_toml(content: bytes, words: str, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_not_toml(content: bytes, words: str, tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(MatrixFileError, match="does not exist"):
+    with pytest.raises(MatrixFileError, match=r"missing matrix\.toml"):
         load(tmp_path)
 
 

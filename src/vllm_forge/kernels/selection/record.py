@@ -137,27 +137,27 @@ def require_fresh(project: Project, line_name: str) -> SelectionRecord:
     return recorded
 
 
-def require_same(
-    recorded: SelectionRecord, answers: Sequence[Answer], *, published: bool = False
-) -> None:
+def require_same(recorded: SelectionRecord, asked: SelectionRecord) -> None:
     """SelectionChangedError, with both values of each field, if answers are not as recorded."""
-    before = recorded.published_answers if published else recorded.answers
-    changed = [f"{row.name}: not recorded" for row in answers if row.name not in before]
-    changed += [
-        f"{answer.name}: {path}\n"
+    changed = [
+        f"{name}{note}: {path}\n"
         f"      {recorded.made}: {json.dumps(old, sort_keys=True)}\n"
         f"      now:        {json.dumps(new, sort_keys=True)}"
-        for answer in answers
-        if answer.name in before
+        for note, before, after in (
+            ("", recorded.answers, asked.answers),
+            (", as published", recorded.published_answers, asked.published_answers),
+        )
+        for name, answer in after.items()
         for path, old, new in differences(
-            before[answer.name].model_dump(mode="json"), answer.model_dump(mode="json")
+            before[name].model_dump(mode="json") if name in before else "not recorded",
+            answer.model_dump(mode="json"),
         )
     ]
     if changed:
-        what = f"vLLM {recorded.vllm} as published" if published else f"line {recorded.line_name}"
         shown = "\n  ".join(shortened(changed, MOST_SHOWN))
         raise SelectionChangedError(
-            f"{what}: kernel selection changed since it was recorded:\n  {shown}",
+            f"line {recorded.line_name}: kernel selection changed since it was recorded:\n"
+            f"  {shown}",
             where=f"records/selection/{recorded.line_name}.json",
             remedy=f"find the cause; if the change is right, run: {COMMAND} {recorded.line_name}",
         )
