@@ -139,7 +139,8 @@ def test_endless_answer_is_cut_off(
         "referrers": lambda: referrers(repository, name),
     }
     read = reads[kind]
-    if status == 404 and kind in {"manifests", "tags", "referrers"}:
+    # One that leads to another document is of no referrers API.
+    if (status == 404 and kind != "blobs") or (status, kind) == (307, "referrers"):
         read()
     else:
         with pytest.raises(ForgeError):

@@ -279,8 +279,7 @@ def require_host(target: Path) -> None:
         what = f"images are built on x86_64, and this host is {machine}"
         remedy = "build on an x86_64 host, and move the image: docs/operate/build.md"
         raise EngineSetupError(what, remedy=remedy)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    require_writable(target.parent)
+    require_writable(next(path for path in target.absolute().parents if os.path.lexists(path)))
 
 
 def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: Engine) -> ImagePlan:

@@ -109,13 +109,14 @@ def test_folder_that_cannot_be_written_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(FileAccessError, match="file"):
         require_host(tmp_path / "file" / "image")
     (tmp_path / "read-only").mkdir()
     monkeypatch.setattr("os.access", lambda path, _: path != tmp_path / "read-only")
     with pytest.raises(FileAccessError, match="read-only"):
         require_host(tmp_path / "read-only" / "image")
     require_host(tmp_path / "new" / "image")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("folder", ["/nonexistent", "relative", "/proc/version"])
