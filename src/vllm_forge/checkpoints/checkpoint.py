@@ -73,7 +73,7 @@ class CheckpointSource(ABC):
         return self.error(f"{name} is not {problem}", remedy)
 
     def json(self, name: str, *, any_value: bool = False) -> Any:
-        """A JSON object, or any value; None if there is no such file."""
+        """The JSON object in a file, or whatever JSON it has; None where there is no such file."""
         if (size := self.sizes.get(name)) is None:
             return None
         most = MAX_CONFIG if name in (CONFIG, QUANTIZATION_FILE) else MAX_TEXT
